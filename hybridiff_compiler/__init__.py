@@ -1,0 +1,1 @@
+"""Compile-time graph partitioning for diffusion inference on several GPUs."""

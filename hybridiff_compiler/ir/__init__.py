@@ -1,0 +1,36 @@
+"""The data that every other package agrees on: layer graphs, partitions, patterns, schedules, plans and profiles.
+
+Knows nothing of the rest of the package and imports neither torch nor diffusers.
+"""
+
+from .ages import NEVER, AgeModel, Ages, check_reads
+from .data import Data, Document, write_text_atomically
+from .errors import HybridiffError, InputError, PlanMismatchError, TargetError, UsageError, WorkerError
+from .layers import Layer, LayerGraph, Value
+from .partition import WHOLE, Partition
+from .pattern import BRANCHES, Branch, Combine, Pattern, Read, Unit
+from .plan import Plan, PlanProvenance, Predictions, RankSpec
+from .profile import (
+    Compounding,
+    Costs,
+    ErrorCurve,
+    Guidance,
+    Link,
+    ModelInfo,
+    PatternErrors,
+    Profile,
+    Provenance,
+    StageCost,
+)
+from .schedule import AdaptiveSchedule, FixedSchedule, Schedule, format_steps, parse_steps
+from .segment import Segment, lower
+from .signature import CallSignature, LeafSpec
+
+__all__ = [
+    "BRANCHES", "NEVER", "WHOLE", "AdaptiveSchedule", "AgeModel", "Ages", "Branch", "CallSignature", "Combine",
+    "Compounding", "Costs", "Data", "Document", "ErrorCurve", "FixedSchedule", "Guidance", "HybridiffError",
+    "InputError", "Layer", "LayerGraph", "LeafSpec", "Link", "ModelInfo", "Partition", "Pattern", "PatternErrors",
+    "Plan", "PlanMismatchError", "PlanProvenance", "Predictions", "Profile", "Provenance", "RankSpec", "Read",
+    "Schedule", "Segment", "StageCost", "TargetError", "Unit", "UsageError", "Value", "WorkerError", "check_reads",
+    "format_steps", "lower", "parse_steps", "write_text_atomically",
+]

@@ -1,0 +1,136 @@
+"""Plans: the tables that the runtime executes, with everything needed to check that they fit."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from .ages import check_reads
+from .data import Data, Document
+from .errors import InputError
+from .partition import WHOLE, Partition
+from .pattern import Pattern
+from .profile import ModelInfo
+from .schedule import FixedSchedule, Schedule
+from .segment import lower
+
+__all__ = ["Plan", "PlanProvenance", "Predictions", "RankSpec"]
+
+
+class RankSpec(Data):
+    """One rank of a plan."""
+
+    device: Literal["cpu", "cuda"]
+
+
+class Predictions(Data):
+    """What the planner expects; null where the profile does not allow a prediction."""
+
+    latency_s: float | None = None
+    """Denoising loop of one image: computation, exposed communication and per-step overhead."""
+    single_s: float | None = None
+    """The same loop on one rank, both branches batched."""
+    speedup: float | None = None
+    """`single_s / latency_s`."""
+    ideal_speedup: float | None = None
+    """Measured stage times alone: no communication, no overhead on either side."""
+    psnr_db: float | None = None
+    """Mean over prompts, against the exact run of the same seed; null for exact plans."""
+    target: str = ""
+    """What was asked for, e.g. `min_psnr=35`."""
+
+
+class PlanProvenance(Data):
+    """Where a plan comes from."""
+
+    created: str
+    profile_sha256: str
+    versions: dict[str, str]
+
+
+class Plan(Document):
+    """Partitions, patterns and a schedule for one denoiser at one call signature on given ranks."""
+
+    kind: Literal["plan"] = "plan"
+    schema_version: Literal[1] = 1
+    model: ModelInfo
+    ranks: tuple[RankSpec, ...] = Field(min_length=1)
+    partitions: tuple[Partition, ...] = ()
+    patterns: tuple[Pattern, ...] = Field(min_length=1)
+    exact: str
+    """Name of the exact pattern for generations that the schedule does not cover (another number of steps)."""
+    schedule: Schedule
+    predictions: Predictions = Predictions()
+    provenance: PlanProvenance | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [pattern.name for pattern in self.patterns]
+        if len(names) != len(set(names)):
+            raise ValueError(f"pattern names must be unique, got {names}")
+        stages = {WHOLE: 1} | {p.name: len(p.stages) for p in self.partitions}
+        for pattern in self.patterns:
+            if stages.get(pattern.partition) != pattern.stages:
+                raise ValueError(
+                    f"pattern {pattern.name!r} expects partition {pattern.partition!r} with {pattern.stages} stages; "
+                    f"the plan has {stages}"
+                )
+            if pattern.world_size > len(self.ranks):
+                raise ValueError(
+                    f"pattern {pattern.name!r} needs {pattern.world_size} ranks, the plan has {len(self.ranks)}"
+                )
+            try:
+                lower(pattern)
+            except InputError as error:
+                raise ValueError(str(error)) from None
+        unknown = sorted({*self.schedule.patterns, self.exact} - set(names))
+        if unknown:
+            raise ValueError(f"schedule names unknown patterns {unknown}; the plan has {names}")
+        if not self.pattern(self.exact).is_exact:
+            raise ValueError(f"pattern {self.exact!r} is named as the exact one, but its table is not exact")
+        for steps in self._possible_schedules():
+            try:
+                check_reads([self.pattern(name) for name in steps])
+            except InputError as error:
+                raise ValueError(str(error)) from None
+        return self
+
+    def _possible_schedules(self) -> list[tuple[str, ...]]:
+        if isinstance(self.schedule, FixedSchedule):
+            return [self.schedule.steps]
+        earliest = self.schedule.resolve([0.0] * self.num_steps)
+        latest = self.schedule.resolve([])
+        return [earliest.steps, latest.steps]
+
+    @cached_property
+    def _patterns_by_name(self) -> dict[str, Pattern]:
+        return {pattern.name: pattern for pattern in self.patterns}
+
+    def pattern(self, name: str) -> Pattern:
+        """The pattern called `name`."""
+        return self._patterns_by_name[name]
+
+    @property
+    def num_steps(self) -> int:
+        """Denoiser calls (with both branches) of one generation that the schedule covers."""
+        return self.schedule.num_steps
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return len(self.ranks)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every step that can occur is exact."""
+        return all(self.pattern(name).is_exact for name in self.schedule.patterns)
+
+    def with_steps(self, steps: tuple[str, ...]) -> Plan:
+        """The same tables with another fixed schedule (validated anew, predictions dropped)."""
+        fields = dict(self)
+        return Plan(**(fields | {"schedule": FixedSchedule(steps=steps), "predictions": Predictions()}))
+
+
+

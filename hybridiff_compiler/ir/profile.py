@@ -1,0 +1,196 @@
+"""Profiles: everything measured once about a denoiser, from which any number of plans are solved."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from .data import Data, Document
+from .layers import LayerGraph
+from .partition import Partition
+from .pattern import Pattern
+from .signature import CallSignature
+
+__all__ = [
+    "Compounding", "Costs", "ErrorCurve", "Guidance", "Link", "ModelInfo", "PatternErrors", "Profile", "Provenance",
+    "StageCost",
+]
+
+
+class ModelInfo(Data):
+    """Which denoiser a profile or plan belongs to."""
+
+    name: str
+    """As the user named it; for display."""
+    denoiser: str
+    """Class name of the denoiser."""
+    fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """`LayerGraph.fingerprint` at the branch batch size: layers, values and shapes."""
+    parameter_bytes: int = Field(ge=0)
+    dtype: str
+    signature: CallSignature
+    """One branch's call (batch of one image)."""
+
+
+class Provenance(Data):
+    """Where measurements come from."""
+
+    created: str
+    """UTC, ISO 8601."""
+    device: str
+    """Device name as the vendor reports it, or the CPU model."""
+    backend: str
+    threads: int | None = None
+    """CPU threads per rank; null on GPUs."""
+    versions: dict[str, str]
+    seed: int
+    prompts: int
+    prompts_sha256: str
+    random_weights: bool = False
+    """True when latency only is meaningful."""
+
+
+class StageCost(Data):
+    """Measured time of one segment graph."""
+
+    partition: str
+    stages: tuple[int, ...]
+    batch: int = Field(ge=1)
+    """Branches evaluated together."""
+    seconds: float = Field(gt=0)
+    spread: float = Field(default=0.0, ge=0)
+    """Relative inter-quartile range over the repeats."""
+
+
+class Link(Data):
+    """Alpha-beta model of one direction between two ranks: `latency_s + nbytes / bytes_per_s`."""
+
+    source: int = Field(ge=0)
+    target: int = Field(ge=0)
+    latency_s: float = Field(ge=0)
+    bytes_per_s: float = Field(gt=0)
+
+
+class Costs(Data):
+    """Times in seconds."""
+
+    layers: dict[int, tuple[float, ...]]
+    """Per number of branches batched together (1, 2): time of each layer, in graph order, calibrated so that their
+    sum is the time of the whole."""
+    stages: tuple[StageCost, ...] = ()
+    """Re-measured segment graphs; preferred over the sum of layers."""
+    step_overhead_s: float = Field(default=0.0, ge=0)
+    """Pipeline work per step outside the denoiser (scheduler, guidance arithmetic), on the driver."""
+    links: tuple[Link, ...] = ()
+
+    def stage_seconds(self, partition: str, stages: tuple[int, ...], batch: int) -> float | None:
+        """Measured time of a segment, or None when it was not measured."""
+        for cost in self.stages:
+            if (cost.partition, cost.stages, cost.batch) == (partition, stages, batch):
+                return cost.seconds
+        return None
+
+
+class Guidance(Data):
+    """Denoising discrepancy m_i = mean|eps_c - eps_u| / mean|eps_u| of every step (METHOD.md, "rel-MAE")."""
+
+    rel_mae: tuple[tuple[float, ...], ...]
+    """Per prompt, per step."""
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean over prompts, per step."""
+        return tuple(sum(column) / len(column) for column in zip(*self.rel_mae))
+
+
+Source = Literal["activations", "memory", "none"]
+
+
+class ErrorCurve(Data):
+    """Image error caused by running one step so, by step and age of what the pattern takes from earlier steps."""
+
+    source: Source
+    """What ages: stale stage activations, the remembered estimates (`delta`, `last`), or nothing."""
+    rmse: tuple[tuple[float, ...], ...]
+    """`rmse[step][age - 1]`: root mean square error of the final image (values in [0, 1]), geometric mean over
+    prompts. Source `none` has one column."""
+
+    @property
+    def max_age(self) -> int:
+        """Largest age that was measured."""
+        return len(self.rmse[0])
+
+
+class PatternErrors(Data):
+    """Error curves of one pattern; the error of a step is the sum over its sources."""
+
+    pattern: str
+    curves: tuple[ErrorCurve, ...] = Field(min_length=1)
+
+
+class Compounding(Data):
+    """How summed single-step errors turn into the PSNR of a whole schedule, fitted on measured schedules.
+
+    `psnr = intercept + slope * (-20 log10(sum of rmse))`.
+    """
+
+    intercept: float = 0.0
+    slope: float = Field(default=1.0, gt=0)
+    residual_db: float = Field(default=0.0, ge=0)
+    """Root mean square of the fit's residuals; the planner keeps this much in reserve."""
+    schedules: int = Field(default=0, ge=0)
+    """Number of schedules measured for the fit."""
+
+
+class Profile(Document):
+    """Measured costs, discrepancy curves and pattern errors of one denoiser in one pipeline configuration."""
+
+    kind: Literal["profile"] = "profile"
+    schema_version: Literal[1] = 1
+    model: ModelInfo
+    graph: LayerGraph
+    costs: Costs
+    num_steps: int = Field(ge=1)
+    scheduler: str
+    guidance_scale: float
+    guidance: Guidance | None = None
+    partitions: tuple[Partition, ...] = ()
+    patterns: tuple[Pattern, ...] = ()
+    """Tables whose errors were measured; ranks in them are placeholders of the two-rank case."""
+    errors: tuple[PatternErrors, ...] = ()
+    compounding: Compounding = Compounding()
+    provenance: Provenance
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for batch, seconds in self.costs.layers.items():
+            if len(seconds) != len(self.graph.layers):
+                raise ValueError(
+                    f"costs of batch {batch} list {len(seconds)} layers, the graph has {len(self.graph.layers)}"
+                )
+        known = {pattern.name for pattern in self.patterns}
+        for errors in self.errors:
+            if errors.pattern not in known:
+                raise ValueError(f"errors of unknown pattern {errors.pattern!r}; patterns are {sorted(known)}")
+            for curve in errors.curves:
+                if len(curve.rmse) != self.num_steps or len({len(row) for row in curve.rmse}) != 1:
+                    raise ValueError(
+                        f"error curve of {errors.pattern!r} must have {self.num_steps} rows of equal length"
+                    )
+        if self.guidance is not None and any(len(row) != self.num_steps for row in self.guidance.rel_mae):
+            raise ValueError(f"guidance curves must have {self.num_steps} steps")
+        for partition in self.partitions:
+            partition.check_covers(self.graph)
+        return self
+
+    @cached_property
+    def errors_by_pattern(self) -> dict[str, PatternErrors]:
+        """Error curves by pattern name."""
+        return {errors.pattern: errors for errors in self.errors}
+
+    def partition(self, name: str) -> Partition:
+        """The partition called `name` (`whole` included)."""
+        whole = Partition.whole(self.graph)
+        return next(p for p in (*self.partitions, whole) if p.name == name)
