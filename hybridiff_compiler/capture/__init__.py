@@ -1,10 +1,22 @@
 """Capture: denoiser -> layer graph, and extraction of stage graphs from it.
 
-Entry points: `capture`, `flatten_call`, `CapturedDenoiser.extract`.
+Entry points: `capture`, `CapturedDenoiser.extract`, `flatten_call`; `meta_denoiser` and `bind` for capture without
+weights.
 """
 
+from .bind import bind
 from .call import CallSignature, LeafSpec, flatten_call
 from .graph import CapturedDenoiser, capture
+from .meta import meta_denoiser
 from .stage import StageGraph
 
-__all__ = ["CallSignature", "CapturedDenoiser", "LeafSpec", "StageGraph", "capture", "flatten_call"]
+__all__ = [
+    "CallSignature",
+    "CapturedDenoiser",
+    "LeafSpec",
+    "StageGraph",
+    "bind",
+    "capture",
+    "flatten_call",
+    "meta_denoiser",
+]

@@ -4,55 +4,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..ir.data import Data
 from ..ir.errors import InputError, UsageError
+from ..ir.signature import CallSignature, LeafSpec
 
 __all__ = ["CallSignature", "LeafSpec", "bind_call", "flatten_call", "iter_leaves"]
 
 _SCALARS = (bool, int, float, complex, str, bytes, type(None))
-
-
-class LeafSpec(Data):
-    """One leaf of a call: a tensor's shape and dtype, or the `repr` of a constant."""
-
-    path: str
-    """Forward-signature name, with `.key` or `.index` per nested container: `added_cond_kwargs.text_embeds`."""
-    shape: tuple[int, ...] | None = None
-    """None for constants."""
-    dtype: str | None = None
-    """torch dtype without the `torch.` prefix; None for constants."""
-    constant: str | None = None
-    """`repr` of a leaf that is not a tensor; None for tensors."""
-
-    def __str__(self) -> str:
-        if self.constant is not None:
-            return f"{self.path}={self.constant}"
-        return f"{self.path}: {self.dtype}{list(self.shape or ())}"
-
-
-class CallSignature(Data):
-    """All leaves of one call, in the order of the forward signature; equal signatures share one captured graph."""
-
-    leaves: tuple[LeafSpec, ...]
-
-    def mismatch(self, other: CallSignature) -> str | None:
-        """One line naming the first leaf in which `other` (the call at hand) differs; None if the two are equal."""
-        if self.leaves == other.leaves:
-            return None
-        mine, theirs = ({leaf.path: leaf for leaf in side.leaves} for side in (self, other))
-        for path, leaf in mine.items():
-            if path not in theirs:
-                return f"captured with {leaf}, which this call does not pass"
-            if theirs[path] != leaf:
-                return f"captured with {leaf}, called with {theirs[path]}"
-        extra = next((leaf for path, leaf in theirs.items() if path not in mine), None)
-        return f"called with {extra}, which was not captured" if extra else "leaves are in another order"
 
 
 def flatten_call(
@@ -88,7 +51,7 @@ def bind_call(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
     Raises:
         UsageError: the arguments do not fit the forward signature, or the denoiser takes `*args`.
     """
-    signature = forward_signature(type(denoiser))
+    signature = forward_signature(denoiser)
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
@@ -111,10 +74,14 @@ def bind_call(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
     return result
 
 
+def forward_signature(denoiser: nn.Module) -> inspect.Signature:
+    """Signature of the `forward` of the denoiser's class, without `self`."""
+    return _signature(type(denoiser).forward)
+
+
 @functools.lru_cache(maxsize=64)
-def forward_signature(denoiser_class: type[nn.Module]) -> inspect.Signature:
-    """Signature of the class's `forward`, without `self`."""
-    signature = inspect.signature(denoiser_class.forward)
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    signature = inspect.signature(forward)
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 

@@ -81,10 +81,9 @@ def export_call(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
 
 def module_device(module: nn.Module) -> torch.device:
     """Device of the first parameter or buffer; cpu for a module with neither."""
-    tensor = next(module.parameters(), None)
-    if tensor is None:
-        tensor = next(module.buffers(), None)
-    return torch.device("cpu") if tensor is None else tensor.device
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return torch.device("cpu")
 
 
 def module_stack(node: fx.Node) -> list[tuple[str, str]]:
@@ -99,7 +98,7 @@ def module_stack(node: fx.Node) -> list[tuple[str, str]]:
 
 def _refuse_numbers(denoiser: nn.Module, call: Mapping[str, Any]) -> None:
     """A number passed for a tensor would be baked into the graph, e.g. the timestep of one step."""
-    parameters = forward_signature(type(denoiser)).parameters
+    parameters = forward_signature(denoiser).parameters
     for name, value in call.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or name not in parameters:
             continue
@@ -107,21 +106,22 @@ def _refuse_numbers(denoiser: nn.Module, call: Mapping[str, Any]) -> None:
         untyped = parameter.annotation is inspect.Parameter.empty and not isinstance(parameter.default, (int, float))
         if untyped or "Tensor" in str(parameter.annotation):
             raise UsageError(
-                f"{type(denoiser).__name__} was called with {name}={value!r}, a Python number, which capture would bake "
-                f"into the graph; pass a tensor: {name}=torch.tensor({value!r})"
+                f"{type(denoiser).__name__} was called with {name}={value!r}, a Python number, which capture would "
+                f"bake into the graph; pass a tensor: {name}=torch.tensor({value!r})"
             )
 
 
 @contextmanager
 def _pristine(denoiser: nn.Module) -> Iterator[None]:
-    """The denoiser in eval mode with its class's own forward; hooks on the instance and training flags come back."""
+    """The denoiser in eval mode with its class's own forward; instance patches and training flags are restored."""
     training = {module: module.training for module in denoiser.modules()}
-    patched = {key: denoiser.__dict__.pop(key) for key in ("forward", "_compiled_call_impl") if key in denoiser.__dict__}
+    instance: dict[str, Any] = denoiser.__dict__
+    patched: dict[str, Any] = {key: instance.pop(key) for key in ("forward", "_compiled_call_impl") if key in instance}
     denoiser.eval()
     try:
         yield
     finally:
-        denoiser.__dict__.update(patched)
+        instance.update(patched)
         for module, flag in training.items():
             module.training = flag
 
@@ -155,8 +155,8 @@ def _flatten(denoiser: nn.Module, program: ExportedProgram, call: Mapping[str, A
             if isinstance(spec.arg, ConstantArgument):
                 copied[node] = spec.arg.value
         elif node.users:
-            target, tensors_value = _resolve(denoiser, program, spec)
-            tensors[target] = tensors_value
+            target, value = _resolve(denoiser, program, spec)
+            tensors[target] = value
             copied[node] = graph.get_attr(target)
             copied[node].meta["val"] = node.meta["val"]
 
@@ -166,14 +166,14 @@ def _flatten(denoiser: nn.Module, program: ExportedProgram, call: Mapping[str, A
         if node.op == "call_function":
             _copy_call(node, graph, copied, name)
         elif node.op == "get_attr":
-            raise InputError(f"{name} holds a traced subgraph ({node.target}), which cannot be split; remove the region")
+            raise InputError(f"{name} calls a subgraph ({node.target}), which cannot be split; call it inline")
     leaves, estimate = _outputs(program, name)
     graph.output(copied[estimate])
     graph.eliminate_dead_code()
     module = fx.GraphModule(tensors, graph, class_name=name)
-    spec = program.call_spec.out_spec
-    assert spec is not None
-    return ExportedCall(module.eval(), tuple(input_names), called, spec, leaves)
+    output_spec = program.call_spec.out_spec
+    assert output_spec is not None
+    return ExportedCall(module.eval(), tuple(input_names), called, output_spec, leaves)
 
 
 def _leaf_positions(call: Mapping[str, Any]) -> Iterator[tuple[str, int]]:

@@ -41,8 +41,11 @@ def _run(node: fx.Node, args: Any, kwargs: Any) -> float:
 
 
 def _to_meta(node: fx.Node) -> Any:
-    return pytree.tree_map_only(torch.Tensor, lambda v: torch.empty_strided(
-        tuple(v.shape), v.stride(), dtype=v.dtype, device="meta"), node.meta["val"])
+    return pytree.tree_map_only(
+        torch.Tensor,
+        lambda v: torch.empty_strided(tuple(v.shape), v.stride(), dtype=v.dtype, device="meta"),
+        node.meta["val"],
+    )
 
 
 def _describe(tensor: torch.Tensor) -> tuple[Any, ...]:
