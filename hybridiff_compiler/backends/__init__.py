@@ -1,0 +1,30 @@
+"""Backends: stage graph -> executable. One file each; `compile_stage` picks by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from ..capture import StageGraph
+from ..ir import UsageError
+from . import eager, inductor
+
+__all__ = ["BACKENDS", "compile_stage"]
+
+BACKENDS: dict[str, Callable[[StageGraph], Callable[..., Sequence[Tensor]]]] = {
+    "eager": eager.compile_stage,
+    "inductor": inductor.compile_stage,
+}
+"""Name -> compiler of one stage graph."""
+
+
+def compile_stage(stage: StageGraph, backend: str) -> Callable[..., Sequence[Tensor]]:
+    """An executable with the calling convention of `StageGraph.module`.
+
+    Raises:
+        UsageError: unknown backend.
+    """
+    if backend not in BACKENDS:
+        raise UsageError(f"unknown backend {backend!r}; allowed are {', '.join(BACKENDS)}")
+    return BACKENDS[backend](stage)

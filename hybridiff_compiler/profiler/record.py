@@ -1,0 +1,146 @@
+"""Recording exact generations: what the denoiser got and gave at every step, and what each pattern would have given.
+
+While an exact generation runs, every candidate pattern is evaluated at every step with caches of every wanted age, and
+the difference of its guided estimate from the exact one is kept. That costs one cheap step per (step, pattern, age),
+never a finished generation.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ir import BRANCHES, Branch, CallSignature, Combine, Pattern, UsageError
+from ..ir.profile import Source
+from ..runtime.estimates import EstimateMemory
+from ..runtime.intercept import GuidedCall
+from ..runtime.schedule_state import discrepancy
+from ..runtime.segments import SegmentRunner, Slot
+from ..runtime.simulator import run_pattern
+
+__all__ = ["Option", "Recorder", "Recording", "guided", "options_of"]
+
+Pair = Mapping[Branch, Tensor]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to run a step whose error is wanted: a pattern, what ages in it, and by how much."""
+
+    pattern: str
+    source: Source
+    age: int
+
+
+@dataclass
+class Recording:
+    """Exact generations of P images, by step."""
+
+    inputs: list[Mapping[Branch, Mapping[str, Tensor]]] = field(default_factory=list)
+    pairs: list[dict[Branch, Tensor]] = field(default_factory=list)
+    rel_mae: list[list[float]] = field(default_factory=list)
+    """Per step, per image."""
+    deviations: list[dict[Option, Tensor]] = field(default_factory=list)
+    """Per step: guided estimate of the option minus the exact one, [P, ...]; options older than the step are absent."""
+    scheduler: Any = None
+    """Copy of the scheduler as it was when denoising began."""
+
+
+def guided(pair: Pair, scale: float) -> Tensor:
+    """Classifier-free guidance, `u + scale (c - u)`."""
+    return pair["uncond"] + scale * (pair["cond"] - pair["uncond"])
+
+
+def options_of(patterns: Sequence[Pattern], ages: Sequence[int]) -> list[Option]:
+    """Every (pattern, source, age) to measure; patterns that are exact have none."""
+    options: list[Option] = []
+    for pattern in patterns:
+        if pattern.is_exact:
+            continue
+        sources: list[Source] = []
+        if any(read.stale for unit in pattern.units for read in unit.reads):
+            sources.append("activations")
+        if pattern.combine in (Combine.DELTA, Combine.LAST):
+            sources.append("memory")
+        for source in sources:
+            options += [Option(pattern.name, source, age) for age in ages]
+        if not sources:
+            options.append(Option(pattern.name, "none", 1))
+    return options
+
+
+class Recorder:
+    """A `StepHandler` that runs every step exactly and records; use one recorder for one generation."""
+
+    def __init__(
+        self,
+        scheduler: Any,
+        make_runner: Callable[[CallSignature], SegmentRunner],
+        patterns: Sequence[Pattern],
+        options: Sequence[Option],
+        guidance_scale: float,
+        on_step: Callable[[int, int], None] = lambda step, steps: None,
+    ) -> None:
+        """
+        Args:
+            scheduler: called without arguments; gives the pipeline's scheduler object.
+            make_runner: builds the segment graphs for the signature of the generation.
+            patterns: candidates, an exact one first that computes the branches one by one.
+            options: what to measure.
+            guidance_scale: g of the guided estimate.
+            on_step: progress callback (step, number of steps).
+        """
+        self._scheduler, self._make_runner, self._on_step = scheduler, make_runner, on_step
+        self._patterns = {pattern.name: pattern for pattern in patterns}
+        self._exact = patterns[0]
+        self._options, self._guidance_scale = options, guidance_scale
+        depth = max((option.age for option in options), default=0)
+        self._values: deque[dict[Slot, Tensor]] = deque(maxlen=depth + 1)
+        self.recording = Recording()
+        self.runner: SegmentRunner | None = None
+
+    def start(self, num_steps: int, signature: CallSignature) -> bool:
+        """See `StepHandler.start`."""
+        if self.recording.pairs:
+            raise UsageError("a recorder records one generation; make another one")
+        self.runner = self._make_runner(signature)
+        self.recording.scheduler = copy.deepcopy(self._scheduler())
+        return True
+
+    @torch.no_grad()
+    def step(self, call: GuidedCall) -> Mapping[Branch, Tensor]:
+        """See `StepHandler.step`."""
+        assert self.runner is not None, "intercept calls start before step"
+        pair, values = run_pattern(self.runner, self._exact, call.inputs, {})
+        self._values.appendleft(values)
+        record = self.recording
+        record.inputs.append(call.inputs)
+        record.pairs.append(pair)
+        images = pair["uncond"].shape[0]
+        record.rel_mae.append([float(discrepancy({b: pair[b][i] for b in BRANCHES})) for i in range(images)])
+        exact = guided(pair, self._guidance_scale)
+        record.deviations.append(
+            {option: guided(self._estimate(option, call), self._guidance_scale) - exact
+             for option in self._options if option.age <= call.step}
+        )
+        self._on_step(call.step, call.num_steps)
+        return pair
+
+    def _estimate(self, option: Option, call: GuidedCall) -> Pair:
+        """The pair that `option` gives at this step, everything that it does not age being exact."""
+        assert self.runner is not None
+        pattern, pairs = self._patterns[option.pattern], self.recording.pairs
+        memory = EstimateMemory()
+        if option.source == "memory":
+            memory.preset(pairs[-1 - option.age])
+            return memory.pair(pattern.combine, {b: pairs[-1][b] for b in pattern.estimated_branches})
+        memory.preset(pairs[-1])
+        stale = self._values[option.age if option.source == "activations" else 0]
+        computed, _ = run_pattern(self.runner, pattern, call.inputs, stale)
+        return memory.pair(pattern.combine, computed)

@@ -1,0 +1,218 @@
+"""Segment graphs: from a pattern's segments to callables on real tensors.
+
+The values that travel between segments are tensors of the captured graph, kept per branch under `(branch, value
+name)`. Names do not depend on the partition, so what one pattern leaves behind can be read by a pattern that cuts the
+denoiser elsewhere.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import compile_stage
+from ..capture import CapturedDenoiser, capture
+from ..ir import WHOLE, Branch, CallSignature, Partition, Pattern, PlanMismatchError, Read, Segment, lower
+
+__all__ = ["Slot", "SegmentRunner", "ValueRead", "capture_branch", "example_call", "scale_signature"]
+
+Slot = tuple[Branch, str]
+"""Branch and value name: the key under which a value is kept."""
+
+
+@dataclass(frozen=True)
+class ValueRead:
+    """One value that a segment takes from outside."""
+
+    branch: Branch
+    """The branch of the segment that reads."""
+    value: str
+    source: Slot
+    """What it reads: the branch whose value it is, and the value's name."""
+    stale: bool
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """An executable stage graph with the names of its arguments and results."""
+
+    call: Callable[..., Sequence[Tensor]]
+    inputs: tuple[str, ...]
+    values_in: tuple[str, ...]
+    values_out: tuple[str, ...]
+
+
+def scale_signature(signature: CallSignature, batch: int, factor: int) -> CallSignature:
+    """The signature with dimension 0 of every leaf of leading size `batch` multiplied by `factor`."""
+    leaves = tuple(
+        leaf.model_copy(update={"shape": (batch * factor, *leaf.shape[1:])}) if leaf.shape and leaf.shape[0] == batch
+        else leaf
+        for leaf in signature.leaves
+    )
+    return CallSignature(leaves=leaves)
+
+
+def example_call(signature: CallSignature, device: torch.device | str) -> dict[str, Any]:
+    """Keyword arguments of zeros that match `signature`, for capturing."""
+    kwargs: dict[str, Any] = {}
+    for leaf in signature.leaves:
+        value: Any
+        if leaf.shape is None:
+            value = ast.literal_eval(leaf.constant or "None")
+        else:
+            value = torch.zeros(leaf.shape, dtype=getattr(torch, leaf.dtype or "float32"), device=device)
+        *parents, last = leaf.path.split(".")
+        target = kwargs
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        target[last] = value
+    return kwargs
+
+
+def capture_branch(denoiser: nn.Module, signature: CallSignature) -> CapturedDenoiser:
+    """Capture `denoiser` at `signature` on the device of its parameters."""
+    device = next(denoiser.parameters()).device
+    return capture(denoiser, (), example_call(signature, device))
+
+
+class SegmentRunner:
+    """All segment graphs that a set of patterns needs, for one denoiser at one branch batch size."""
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        signature: CallSignature,
+        patterns: Iterable[Pattern],
+        partitions: Iterable[Partition],
+        *,
+        batch: int = 1,
+        backend: str = "eager",
+        captured: CapturedDenoiser | None = None,
+    ) -> None:
+        """
+        Args:
+            denoiser: the network; its parameters are used by reference.
+            signature: one branch's call.
+            patterns: every pattern that will run.
+            partitions: the partitions that they name (`whole` needs no entry).
+            batch: leading size of the leaves of `signature` that carry the images of a branch.
+            backend: see `hybridiff_compiler.backends`.
+            captured: the graph at `signature`, when the caller has it already.
+
+        Raises:
+            PlanMismatchError: a partition does not fit the captured graph.
+        """
+        self._denoiser, self._signature, self._batch, self._backend = denoiser, signature, batch, backend
+        self._captured = {1: captured or capture_branch(denoiser, signature)}
+        self.layers = self._captured[1].layers
+        self._partitions = {p.name: p for p in partitions} | {WHOLE: Partition.whole(self.layers)}
+        for partition in self._partitions.values():
+            partition.check_covers(self.layers)
+        self._value_specs = {value.name: value for value in self.layers.values}
+        segments = dict.fromkeys(s for pattern in patterns for s in lower(pattern))
+        self.taps = tuple(dict.fromkeys(r.value for s in segments for r in self.values_read(s)))
+        self._graphs: dict[tuple[str, tuple[int, ...], int], _Graph] = {}
+
+    @lru_cache(maxsize=1024)  # noqa: B019 - runners live as long as their segments
+    def values_read(self, segment: Segment) -> tuple[ValueRead, ...]:
+        """What `segment` takes from outside, in a fixed order."""
+        partition = self._partitions[segment.partition]
+        inside = [name for stage in segment.stages for name in partition.stages[stage]]
+        reads = []
+        for branch in segment.branches:
+            for stage, layers in enumerate(partition.stages):
+                if stage in segment.stages:
+                    continue
+                read: Read = segment.read(branch, stage)
+                for value in self.layers.crossing(layers, inside):
+                    reads.append(ValueRead(branch, value.name, (read.branch, value.name), read.stale))
+        return tuple(reads)
+
+    @lru_cache(maxsize=1024)  # noqa: B019
+    def values_written(self, segment: Segment) -> tuple[Slot, ...]:
+        """The slots that `segment` renews: every value some pattern reads that its layers produce."""
+        partition = self._partitions[segment.partition]
+        inside = {name for stage in segment.stages for name in partition.stages[stage]}
+        names = [name for name in self.taps if self._value_specs[name].producer in inside]
+        return tuple((branch, name) for branch in segment.branches for name in names)
+
+    def value_spec(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of a value at the branch batch size."""
+        value = self._value_specs[name]
+        return value.shape, getattr(torch, value.dtype)
+
+    def prepare(self, segments: Iterable[Segment]) -> None:
+        """Build the graphs of `segments` now instead of at their first run."""
+        for segment in segments:
+            self._graph(segment)
+
+    def run(
+        self, segment: Segment, inputs: Mapping[Branch, Mapping[str, Tensor]], values: Mapping[Slot, Tensor]
+    ) -> tuple[dict[Branch, Tensor], dict[Slot, Tensor]]:
+        """Evaluate a segment.
+
+        Args:
+            segment: what to run.
+            inputs: per branch, leaf path -> tensor.
+            values: at least the sources of `values_read(segment)`.
+
+        Returns:
+            The estimates by branch (empty unless the segment holds the last stage) and the written values.
+        """
+        graph = self._graph(segment)
+        sources = {(read.branch, read.value): read.source for read in self.values_read(segment)}
+        arguments = [self._join([inputs[b][path] for b in segment.branches]) for path in graph.inputs]
+        for name in graph.values_in:
+            arguments.append(torch.cat([values[sources[b, name]] for b in segment.branches])
+                             if len(segment.branches) > 1 else values[sources[segment.branches[0], name]])
+        results = list(graph.call(*arguments))
+        estimates: dict[Branch, Tensor] = {}
+        if segment.has_estimate:
+            estimates = dict(zip(segment.branches, results.pop(0).chunk(len(segment.branches))))
+        written: dict[Slot, Tensor] = {}
+        for name, result in zip(graph.values_out, results, strict=True):
+            for branch, part in zip(segment.branches, result.chunk(len(segment.branches))):
+                written[branch, name] = part
+        return estimates, written
+
+    def _join(self, parts: list[Tensor]) -> Tensor:
+        """The branches' input leaves as one batch; leaves without the image batch are shared."""
+        first = parts[0]
+        if len(parts) == 1 or not (first.dim() and first.shape[0] == self._batch):
+            return first
+        return torch.cat(parts)
+
+    def _graph(self, segment: Segment) -> _Graph:
+        key = (segment.partition, segment.stages, len(segment.branches))
+        if key not in self._graphs:
+            partition = self._partitions[segment.partition]
+            names = [name for stage in segment.stages for name in partition.stages[stage]]
+            taps = [name for branch, name in self.values_written(segment) if branch == segment.branches[0]]
+            stage = self._at(len(segment.branches)).extract(names, taps)
+            self._graphs[key] = _Graph(
+                compile_stage(stage, self._backend), stage.inputs, stage.values_in, stage.values_out
+            )
+        return self._graphs[key]
+
+    def _at(self, branches: int) -> CapturedDenoiser:
+        """The capture for so many branches batched together."""
+        if branches not in self._captured:
+            signature = scale_signature(self._signature, self._batch, branches)
+            captured = capture_branch(self._denoiser, signature)
+            if captured.layers.names != self.layers.names or [v.name for v in captured.layers.values] != [
+                v.name for v in self.layers.values
+            ]:
+                raise PlanMismatchError(
+                    f"the denoiser's graph at batch {self._batch * branches} differs from the one at batch "
+                    f"{self._batch}; both branches cannot be batched, put them on different ranks"
+                )
+            self._captured[branches] = captured
+        return self._captured[branches]
+
+
