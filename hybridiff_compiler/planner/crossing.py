@@ -1,0 +1,47 @@
+"""Bytes that cross the borders of every run of layers, all runs at once.
+
+A run `[i, j)` is a contiguous part of the layer order. Layers are listed in execution order, so a value enters a run
+from before it and leaves to after it. Each value counts once per receiving stage, however many layers there read it,
+and it counts in full even when a stage could recompute it from cheap shared producers (time embedding, rotary table).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..ir import LayerGraph
+
+__all__ = ["bytes_in", "bytes_out"]
+
+
+def bytes_in(graph: LayerGraph) -> NDArray[np.int64]:
+    """`[i, j]`: bytes of the values produced before `i` and read inside `[i, j)`.
+
+    A value is counted for the run when the first of its consumers at or after `i` lies before `j`; every consumer is
+    that first one for a whole range of `i`, so two sums over a difference array give all entries in
+    O(consumers + layers^2).
+    """
+    size = len(graph.layers)
+    position = {name: index for index, name in enumerate(graph.names)}
+    table = np.zeros((size + 2, size + 1), dtype=np.int64)
+    for value in graph.values:
+        before = position[value.producer]
+        for consumer in sorted({position[name] for name in value.consumers}):
+            table[before + 1, consumer + 1] += value.nbytes
+            table[consumer + 1, consumer + 1] -= value.nbytes
+            before = consumer
+    return table.cumsum(axis=0).cumsum(axis=1)[: size + 1]
+
+
+def bytes_out(graph: LayerGraph) -> NDArray[np.int64]:
+    """`[i, j]`: bytes of the values produced inside `[i, j)` and read at or after `j`; O(values + layers^2)."""
+    size = len(graph.layers)
+    position = {name: index for index, name in enumerate(graph.names)}
+    table = np.zeros((size + 1, size + 2), dtype=np.int64)
+    for value in graph.values:
+        if value.consumers:
+            producer = position[value.producer]
+            table[producer, producer + 1] += value.nbytes
+            table[producer, max(position[name] for name in value.consumers) + 1] -= value.nbytes
+    return table.cumsum(axis=1)[::-1].cumsum(axis=0)[::-1, : size + 1]

@@ -1,0 +1,217 @@
+"""Exact partitioners: where to divide a denoiser's layers so that the slowest rank is as fast as possible.
+
+`linear` cuts the layer order into contiguous stages; `nested` takes an inner run out of it, which for a U-Net follows
+its symmetry and so cuts far fewer bytes; `thin` is nested with a cheap outer stage, for patterns that reuse the inner
+one. Stages of a nested split feed each other in both directions: only stale edges make it schedulable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..ir import InputError, LayerGraph, Link, Partition, UsageError
+from .crossing import bytes_in, bytes_out
+
+__all__ = ["candidate_partitions", "linear", "nested", "thin"]
+
+BALANCE_SLACK = 0.05
+"""How much slower than the best balance `candidate_partitions` lets a nested split be for the sake of fewer bytes."""
+THIN_SHARE = 0.25
+"""Share of the denoiser's time that `candidate_partitions` gives the outer stage of the thin split."""
+THIN_SLACK = 0.25
+"""How far under that share it may fall for the sake of fewer bytes."""
+
+
+def linear(
+    graph: LayerGraph, costs: Sequence[float], stages: int = 2, link: Link | None = None, *, name: str = "linear"
+) -> Partition:
+    """Contiguous stages whose slowest one is as fast as possible.
+
+    Objective: minimise the largest stage time, a stage's time being the seconds of its layers plus, with `link`, the
+    time to receive every value produced before the stage and read in it (each once). The output layer is in the
+    last stage. Among optima, the one with the earliest cuts.
+
+    Algorithm: dynamic programming over (number of stages, end of the last one), `T[k, b] = min over a of
+    max(T[k-1, a], time[a, b))`; exact because a stage's time depends on its two borders only. O(stages * layers^2)
+    after O(consumers + layers^2) for the bytes. This is PipeDream's recurrence without replication (Narayanan et al.,
+    SOSP 2019, section 3.1).
+
+    Raises:
+        UsageError: `stages` is below 1, or `costs` does not fit the graph.
+        InputError: the graph has too few layers for so many stages.
+    """
+    seconds = _check_costs(graph, costs)
+    size, last = len(seconds), graph.names.index(graph.output)
+    if stages < 1:
+        raise UsageError(f"got {stages} stages; a partition has 1 or more")
+    if stages > last + 1:
+        raise InputError(
+            f"{size} layers with the output at position {last} cannot make {stages} contiguous stages; "
+            f"ask for at most {last + 1}"
+        )
+    begin = np.concatenate([[0.0], np.cumsum(seconds)])
+    times = begin[None, :] - begin[:, None] + _transfer(bytes_in(graph), link)
+    best = np.full((stages + 1, size + 1), np.inf)
+    origin = np.zeros((stages + 1, size + 1), dtype=int)
+    best[0, 0] = 0.0
+    for stage in range(1, stages + 1):
+        for end in range(stage, size + 1 if stage == stages else last + 1):
+            start_limit = min(end, last + 1)
+            slowest = np.maximum(best[stage - 1, :start_limit], times[:start_limit, end])
+            origin[stage, end] = int(np.argmin(slowest))
+            best[stage, end] = slowest[origin[stage, end]]
+    cuts = [size]
+    for stage in range(stages, 0, -1):
+        cuts.append(int(origin[stage, cuts[-1]]))
+    cuts.reverse()
+    return Partition(name=name, stages=tuple(graph.names[a:b] for a, b in pairwise(cuts)))
+
+
+def nested(
+    graph: LayerGraph, costs: Sequence[float], link: Link | None = None, *, slack: float = 0.0, name: str = "nested"
+) -> Partition:
+    """An inner run (stage 0) and everything around it (stage 1), as evenly divided as possible.
+
+    Objective: minimise `max(inner, outer)`, each being the seconds of its layers plus, with `link`, the time to receive
+    the values that it reads from the other. Runs within `1 + slack` of that minimum count as equal; among them fewest
+    bytes crossing (both directions), then the most central run (smallest difference between the time before and after
+    it), then the earliest and shortest. Candidates are the runs without the output layer and, where such runs exist,
+    without a layer that reads nothing from other layers: those read the denoiser's inputs, which the stage that makes
+    the estimate should see fresh.
+
+    Algorithm: enumeration of all O(layers^2) runs on whole arrays, O(consumers + layers^2) in all.
+
+    Raises:
+        UsageError: `costs` does not fit the graph, or `slack` is negative.
+        InputError: the graph has fewer than two layers.
+    """
+    runs = _Runs(graph, costs, link)
+    slowest = np.maximum(runs.inner + runs.inward, runs.outer + runs.outward)
+    slowest[~runs.allowed] = np.inf
+    return runs.choose(slowest <= slowest.min() * (1 + _check_slack(slack)), name)
+
+
+def thin(
+    graph: LayerGraph, costs: Sequence[float], share: float = THIN_SHARE, *, slack: float = 0.0, name: str = "thin"
+) -> Partition:
+    """An inner run (stage 0) whose surroundings (stage 1) take at most `share` of the denoiser's time.
+
+    Objective: maximise the outer time subject to `outer <= share * total`, because what is computed fresh is what keeps
+    the image right. Runs with at least `1 - slack` of that maximum count as equal; ties are broken as in `nested`,
+    whose candidates, algorithm and complexity hold here too. Communication is left out: the pattern that this split
+    is for (`branch-reuse`) moves no activations.
+
+    Raises:
+        UsageError: `costs` does not fit the graph, `slack` is negative, or `share` is not between 0 and 1.
+        InputError: no run leaves so little; the message says how little is possible.
+    """
+    if not 0 < share < 1:
+        raise UsageError(f"got share {share:g}; the outer stage takes more than 0 and less than 1 of the time")
+    runs = _Runs(graph, costs, None)
+    outer = np.where(runs.allowed, runs.outer, np.inf)
+    total = runs.total
+    fits = outer <= share * total * (1 + 1e-12)
+    if not fits.any():
+        raise InputError(
+            f"every inner run leaves at least {outer.min() / total:.0%} of the time outside, more than the {share:.0%} "
+            "asked for; ask for a larger share"
+        )
+    most = outer[fits].max()
+    return runs.choose(fits & (outer >= most * (1 - _check_slack(slack)) * (1 - 1e-12)), name)
+
+
+def candidate_partitions(graph: LayerGraph, costs: Sequence[float]) -> tuple[Partition, ...]:
+    """The two-stage partitions worth measuring: `linear`, `nested` and `thin`, each distinct one once.
+
+    Stage 0 is the front or inner one, the last stage holds the output. A split that the graph does not allow is left
+    out, so a graph of one layer has no candidates.
+
+    Raises:
+        UsageError: `costs` does not fit the graph.
+    """
+    _check_costs(graph, costs)
+    makers = (
+        lambda: linear(graph, costs),
+        lambda: nested(graph, costs, slack=BALANCE_SLACK),
+        lambda: thin(graph, costs, slack=THIN_SLACK),
+    )
+    found: dict[tuple[tuple[str, ...], ...], Partition] = {}
+    for make in makers:
+        try:
+            partition = make()
+        except UsageError:
+            raise
+        except InputError:
+            continue  # too few layers for this split
+        found.setdefault(partition.stages, partition)
+    return tuple(found.values())
+
+
+class _Runs:
+    """Times and bytes of every inner run `[i, j)`, as arrays indexed by its two borders."""
+
+    def __init__(self, graph: LayerGraph, costs: Sequence[float], link: Link | None) -> None:
+        seconds = _check_costs(graph, costs)
+        size = len(seconds)
+        if size < 2:
+            raise InputError(f"a graph of {size} layer cannot be divided; a nested split takes 2 layers or more")
+        begin = np.concatenate([[0.0], np.cumsum(seconds)])
+        into, out = bytes_in(graph), bytes_out(graph)
+        self.names = graph.names
+        self.total = float(begin[-1])
+        self.inner = begin[None, :] - begin[:, None]
+        self.outer = self.total - self.inner
+        self.inward, self.outward = _transfer(into, link), _transfer(out, link)
+        self.crossing = into + out
+        self.off_centre = np.abs(begin[:, None] - (self.total - begin[None, :]))
+        self.allowed = _inner_runs(graph)
+
+    def choose(self, tied: NDArray[np.bool_], name: str) -> Partition:
+        """The best of the `tied` runs: fewest bytes, most central, earliest, shortest."""
+        start, end = np.nonzero(tied & self.allowed)
+        off_centre = np.round(self.off_centre[start, end] / max(self.total, 1e-300), 9)
+        order = np.lexsort((end, start, off_centre, self.crossing[start, end]))
+        i, j = int(start[order[0]]), int(end[order[0]])
+        return Partition(name=name, stages=(self.names[i:j], self.names[:i] + self.names[j:]))
+
+
+def _inner_runs(graph: LayerGraph) -> NDArray[np.bool_]:
+    """Which runs may be inner: not empty, without the output, and without input layers where that leaves any."""
+    size = len(graph.layers)
+    fed = {consumer for value in graph.values for consumer in value.consumers}
+    is_output = np.array([name == graph.output for name in graph.names])
+    is_input = np.array([name not in fed for name in graph.names])
+    start, end = np.indices((size + 1, size + 1))
+
+    def without(layers: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        count = np.concatenate([[0], np.cumsum(layers)])
+        return count[end] == count[start]
+
+    allowed = (start < end) & without(is_output)
+    strict = allowed & without(is_input)
+    return strict if strict.any() else allowed
+
+
+def _transfer(nbytes: NDArray[np.int64], link: Link | None) -> NDArray[np.float64]:
+    if link is None:
+        return np.zeros(nbytes.shape)
+    return np.where(nbytes > 0, link.latency_s + nbytes / link.bytes_per_s, 0.0)
+
+
+def _check_costs(graph: LayerGraph, costs: Sequence[float]) -> NDArray[np.float64]:
+    seconds = np.asarray(costs, dtype=float)
+    if seconds.shape != (len(graph.layers),):
+        raise UsageError(f"got costs of {seconds.size} layers, the graph has {len(graph.layers)}; give one per layer")
+    if not np.isfinite(seconds).all() or (seconds < 0).any():
+        raise UsageError("layer costs must be finite and not negative, in seconds")
+    return seconds
+
+
+def _check_slack(slack: float) -> float:
+    if slack < 0:
+        raise UsageError(f"got slack {slack:g}; it is a fraction of 0 or more")
+    return slack
