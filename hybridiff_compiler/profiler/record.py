@@ -81,7 +81,7 @@ class Recorder:
     def __init__(
         self,
         scheduler: Any,
-        make_runner: Callable[[CallSignature], SegmentRunner],
+        runner: SegmentRunner,
         patterns: Sequence[Pattern],
         options: Sequence[Option],
         guidance_scale: float,
@@ -90,34 +90,31 @@ class Recorder:
         """
         Args:
             scheduler: called without arguments; gives the pipeline's scheduler object.
-            make_runner: builds the segment graphs for the signature of the generation.
+            runner: the segment graphs of `patterns` at the number of images that will be generated together.
             patterns: candidates, an exact one first that computes the branches one by one.
             options: what to measure.
             guidance_scale: g of the guided estimate.
             on_step: progress callback (step, number of steps).
         """
-        self._scheduler, self._make_runner, self._on_step = scheduler, make_runner, on_step
+        self._scheduler, self._runner, self._on_step = scheduler, runner, on_step
         self._patterns = {pattern.name: pattern for pattern in patterns}
         self._exact = patterns[0]
         self._options, self._guidance_scale = options, guidance_scale
         depth = max((option.age for option in options), default=0)
         self._values: deque[dict[Slot, Tensor]] = deque(maxlen=depth + 1)
         self.recording = Recording()
-        self.runner: SegmentRunner | None = None
 
     def start(self, num_steps: int, signature: CallSignature) -> bool:
         """See `StepHandler.start`."""
         if self.recording.pairs:
             raise UsageError("a recorder records one generation; make another one")
-        self.runner = self._make_runner(signature)
         self.recording.scheduler = copy.deepcopy(self._scheduler())
         return True
 
     @torch.no_grad()
     def step(self, call: GuidedCall) -> Mapping[Branch, Tensor]:
         """See `StepHandler.step`."""
-        assert self.runner is not None, "intercept calls start before step"
-        pair, values = run_pattern(self.runner, self._exact, call.inputs, {})
+        pair, values = run_pattern(self._runner, self._exact, call.inputs, {})
         self._values.appendleft(values)
         record = self.recording
         record.inputs.append(call.inputs)
@@ -134,7 +131,6 @@ class Recorder:
 
     def _estimate(self, option: Option, call: GuidedCall) -> Pair:
         """The pair that `option` gives at this step, everything that it does not age being exact."""
-        assert self.runner is not None
         pattern, pairs = self._patterns[option.pattern], self.recording.pairs
         memory = EstimateMemory()
         if option.source == "memory":
@@ -142,5 +138,5 @@ class Recorder:
             return memory.pair(pattern.combine, {b: pairs[-1][b] for b in pattern.estimated_branches})
         memory.preset(pairs[-1])
         stale = self._values[option.age if option.source == "activations" else 0]
-        computed, _ = run_pattern(self.runner, pattern, call.inputs, stale)
+        computed, _ = run_pattern(self._runner, pattern, call.inputs, stale)
         return memory.pair(pattern.combine, computed)

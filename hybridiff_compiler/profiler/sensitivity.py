@@ -74,7 +74,7 @@ def propagate(
         on_step: progress callback (steps done, number of steps).
     """
     steps = len(recording.pairs)
-    pulled: list[Tensor | None] = [None] * steps
+    pulled: list[Tensor] = [torch.empty(0)] * steps
     sketches: list[dict[Option, Tensor]] = [{} for _ in range(steps)]
     for step in reversed(range(steps)):
         direction = float(sampler.to_final[step]) * probes

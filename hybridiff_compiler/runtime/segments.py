@@ -20,7 +20,7 @@ from ..backends import compile_stage
 from ..capture import CapturedDenoiser, capture
 from ..ir import WHOLE, Branch, CallSignature, Partition, Pattern, PlanMismatchError, Read, Segment, lower
 
-__all__ = ["Slot", "SegmentRunner", "ValueRead", "capture_branch", "example_call", "scale_signature"]
+__all__ = ["SegmentRunner", "Slot", "ValueRead", "capture_branch", "example_call", "scale_signature"]
 
 Slot = tuple[Branch, str]
 """Branch and value name: the key under which a value is kept."""
@@ -109,8 +109,8 @@ class SegmentRunner:
             PlanMismatchError: a partition does not fit the captured graph.
         """
         self._denoiser, self._signature, self._batch, self._backend = denoiser, signature, batch, backend
-        self._captured = {1: captured or capture_branch(denoiser, signature)}
-        self.layers = self._captured[1].layers
+        self._captures = {1: captured or capture_branch(denoiser, signature)}
+        self.layers = self._captures[1].layers
         self._partitions = {p.name: p for p in partitions} | {WHOLE: Partition.whole(self.layers)}
         for partition in self._partitions.values():
             partition.check_covers(self.layers)
@@ -167,7 +167,8 @@ class SegmentRunner:
         """
         graph = self._graph(segment)
         sources = {(read.branch, read.value): read.source for read in self.values_read(segment)}
-        arguments = [self._join([inputs[b][path] for b in segment.branches]) for path in graph.inputs]
+        leaves = self.join_inputs(inputs, segment.branches)
+        arguments = [leaves[path] for path in graph.inputs]
         for name in graph.values_in:
             arguments.append(torch.cat([values[sources[b, name]] for b in segment.branches])
                              if len(segment.branches) > 1 else values[sources[segment.branches[0], name]])
@@ -181,12 +182,17 @@ class SegmentRunner:
                 written[branch, name] = part
         return estimates, written
 
-    def _join(self, parts: list[Tensor]) -> Tensor:
-        """The branches' input leaves as one batch; leaves without the image batch are shared."""
-        first = parts[0]
-        if len(parts) == 1 or not (first.dim() and first.shape[0] == self._batch):
-            return first
-        return torch.cat(parts)
+    def join_inputs(
+        self, inputs: Mapping[Branch, Mapping[str, Tensor]], branches: Sequence[Branch]
+    ) -> dict[str, Tensor]:
+        """The branches' leaves as one batch; leaves without the image batch are shared."""
+        if len(branches) == 1:
+            return dict(inputs[branches[0]])
+        joined = dict(inputs[branches[0]])
+        for path, leaf in joined.items():
+            if leaf.dim() and leaf.shape[0] == self._batch:
+                joined[path] = torch.cat([inputs[branch][path] for branch in branches])
+        return joined
 
     def _graph(self, segment: Segment) -> _Graph:
         key = (segment.partition, segment.stages, len(segment.branches))
@@ -194,15 +200,15 @@ class SegmentRunner:
             partition = self._partitions[segment.partition]
             names = [name for stage in segment.stages for name in partition.stages[stage]]
             taps = [name for branch, name in self.values_written(segment) if branch == segment.branches[0]]
-            stage = self._at(len(segment.branches)).extract(names, taps)
+            stage = self.captured(len(segment.branches)).extract(names, taps)
             self._graphs[key] = _Graph(
                 compile_stage(stage, self._backend), stage.inputs, stage.values_in, stage.values_out
             )
         return self._graphs[key]
 
-    def _at(self, branches: int) -> CapturedDenoiser:
+    def captured(self, branches: int = 1) -> CapturedDenoiser:
         """The capture for so many branches batched together."""
-        if branches not in self._captured:
+        if branches not in self._captures:
             signature = scale_signature(self._signature, self._batch, branches)
             captured = capture_branch(self._denoiser, signature)
             if captured.layers.names != self.layers.names or [v.name for v in captured.layers.values] != [
@@ -212,7 +218,7 @@ class SegmentRunner:
                     f"the denoiser's graph at batch {self._batch * branches} differs from the one at batch "
                     f"{self._batch}; both branches cannot be batched, put them on different ranks"
                 )
-            self._captured[branches] = captured
-        return self._captured[branches]
+            self._captures[branches] = captured
+        return self._captures[branches]
 
 

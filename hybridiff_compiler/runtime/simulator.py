@@ -50,11 +50,18 @@ class Simulator:
     discrepancy of the whole batch.
     """
 
-    def __init__(self, plan: Plan, denoiser: nn.Module, *, backend: str = "eager", runner: SegmentRunner | None = None):
-        """`runner`: an existing runner (of batch 1) over at least the plan's patterns, to reuse its graphs."""
+    def __init__(
+        self,
+        plan: Plan,
+        denoiser: nn.Module,
+        *,
+        backend: str = "eager",
+        runners: dict[int, SegmentRunner] | None = None,
+    ) -> None:
+        """`runners`: by images per branch, runners over at least the plan's patterns; missing ones are added."""
         self.plan = plan
         self._denoiser, self._backend = denoiser, backend
-        self._runners: dict[int, SegmentRunner] = {} if runner is None else {1: runner}
+        self._runners = {} if runners is None else runners
         self._runner: SegmentRunner | None = None
         self._state = ScheduleState(plan.schedule)
         self._estimates = EstimateMemory()

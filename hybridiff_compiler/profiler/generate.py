@@ -1,0 +1,92 @@
+"""Running the user's pipeline under a handler, with seeds that belong to prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ir import BRANCHES, Branch, CallSignature, InputError
+from ..runtime.intercept import GuidedCall, StepHandler, intercept
+
+__all__ = ["FirstCall", "Generation", "prompts_digest"]
+
+
+def prompts_digest(prompts: Sequence[str]) -> str:
+    """sha256 of the prompts in order."""
+    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """How images are generated for a profile: everything but the prompts."""
+
+    pipe: Any
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int = 0
+    """Prompt k starts from seed + k."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further keyword arguments of the pipeline call."""
+
+    def latents(self, prompts: Sequence[str], handler: StepHandler, first: int = 0) -> Tensor:
+        """Final latents of `prompts`, generated together; `first` is the index of the first prompt."""
+        generators = [torch.Generator("cpu").manual_seed(self.seed + first + k) for k in range(len(prompts))]
+        with intercept(self.pipe, handler):
+            result = self.pipe(
+                prompt=list(prompts), num_inference_steps=self.num_inference_steps,
+                guidance_scale=self.guidance_scale, generator=generators, output_type="latent", **self.options,
+            )
+        latents: Tensor = result.images
+        return latents
+
+
+class FirstCall:
+    """A `StepHandler` that computes one step, answers the others at once, and so times the pipeline around them."""
+
+    def __init__(self) -> None:
+        self.signature: CallSignature | None = None
+        self.call: GuidedCall | None = None
+        self._pair: dict[Branch, Tensor] = {}
+        self._times: list[float] = []
+
+    def start(self, num_steps: int, signature: CallSignature) -> bool:
+        """See `StepHandler.start`."""
+        self.signature = signature
+        return True
+
+    def step(self, call: GuidedCall) -> Mapping[Branch, Tensor]:
+        """See `StepHandler.step`: the latents stand in for both estimates."""
+        if self.call is None:
+            self.call = call
+            self._pair = {branch: next(iter(call.inputs[branch].values())).clone() for branch in BRANCHES}
+        device = self._pair["cond"].device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self._times.append(time.perf_counter())
+        return self._pair
+
+    def step_overhead(self) -> float:
+        """Seconds per step that the pipeline itself takes (median)."""
+        gaps = sorted(b - a for a, b in zip(self._times, self._times[1:]))
+        return gaps[len(gaps) // 2] if gaps else 0.0
+
+    def require(self) -> tuple[CallSignature, GuidedCall]:
+        """What was seen.
+
+        Raises:
+            InputError: the pipeline made no guided call.
+        """
+        if self.signature is None or self.call is None:
+            raise InputError(
+                "the pipeline made no batched classifier-free-guidance call; pass a guidance_scale above 1 to a "
+                "pipeline that calls its denoiser with both branches"
+            )
+        return self.signature, self.call
+
+
