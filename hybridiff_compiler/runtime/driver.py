@@ -1,0 +1,179 @@
+"""Rank 0: the step handler that runs a plan's schedule together with the workers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ..ir import Branch, CallSignature, FixedSchedule, Plan
+from .estimates import EstimateMemory
+from .executor import RankExecutor
+from .intercept import GuidedCall
+from .orders import MAX_MISSED, Order, OrderOutbox
+from .processes import WorkerPool
+from .schedule_state import ScheduleState
+from .transport import PeerError, Transport
+
+__all__ = ["Driver"]
+
+
+class Driver:
+    """A `StepHandler` that gives every step's orders to the workers and does rank 0's part itself."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        denoiser: nn.Module,
+        executor: RankExecutor,
+        *,
+        transport: Transport | None,
+        pool: WorkerPool | None,
+        close: Callable[[], None],
+    ) -> None:
+        """
+        Args:
+            plan: the tables.
+            denoiser: whose weights the ranks hold.
+            executor: rank 0's.
+            transport: to the workers; None in a world of one rank.
+            pool: the workers, to find out why one failed; None in a world of one rank.
+            close: ends the workers and removes the hooks; called when a step cannot be finished.
+        """
+        self.plan = plan
+        self.executed: list[str] = []
+        """Pattern names of the current generation so far."""
+        self._denoiser, self._executor, self._transport, self._pool = denoiser, executor, transport, pool
+        self._close = close
+        self._weights = _weights_key(denoiser)
+        self._schedule = ScheduleState(plan.schedule)
+        self._estimates = EstimateMemory()
+        self._outbox = None if transport is None else OrderOutbox(transport, plan.model.signature)
+        self._index = {pattern.name: index for index, pattern in enumerate(plan.patterns)}
+        self._missed: dict[int, list[int]] = {rank: [] for rank in range(1, plan.world_size)}
+        self._generation = 0
+        self._said: set[str] = set()
+
+    def start(self, num_steps: int, signature: CallSignature) -> bool:
+        """See `StepHandler.start`: covered are calls of the plan's signature with the weights that the ranks hold."""
+        mismatch = self.plan.model.signature.mismatch(signature)
+        if mismatch is not None:
+            self._say_once(f"the plan does not cover this call ({mismatch}); it runs on one device, exactly")
+            return False
+        if _weights_key(self._denoiser) != self._weights:
+            self._say_once(
+                "the denoiser's weights or modules changed after parallelize; it runs on one device, exactly, until "
+                "parallelize is called again"
+            )
+            return False
+        if num_steps != self.plan.num_steps:
+            self._say_once(
+                f"the plan was made for {self.plan.num_steps} steps, got {num_steps}; every step runs its exact "
+                f"pattern {self.plan.exact!r}"
+            )
+        self._generation += 1
+        self.executed.clear()
+        self._schedule.reset()
+        self._estimates.reset()
+        for missed in self._missed.values():
+            missed.clear()
+        try:
+            self._executor.reset()
+        except BaseException as error:
+            self._fail(error, "the start of a generation")
+        return True
+
+    @torch.no_grad()
+    def step(self, call: GuidedCall) -> Mapping[Branch, Tensor]:
+        """See `StepHandler.step`.
+
+        Raises:
+            WorkerError: a worker failed or hung; the plan has been closed and the pipeline runs on one device again.
+        """
+        covered = call.num_steps == self.plan.num_steps
+        name = self._schedule.pattern_at(call.step) if covered else self.plan.exact
+        pattern = self.plan.pattern(name)
+        self.executed.append(name)
+        computed: dict[Branch, Tensor] = {}
+        if pattern.units:
+            try:
+                computed = self._run(name, call)
+            except BaseException as error:
+                self._fail(error, f"step {call.step} ({name})")
+        pair = self._estimates.pair(pattern.combine, computed)
+        if covered and pattern.is_exact:
+            self._schedule.observe(call.step, pair)
+        return pair
+
+    def _run(self, name: str, call: GuidedCall) -> dict[Branch, Tensor]:
+        following = self._following(call.step, call.num_steps)
+        executor = self._executor
+        self._order(name, following, call)
+        expected = executor.expect_estimates(name)
+        computed = executor.run(name, following, call.inputs)
+        for branches, incoming in expected:
+            computed.update(zip(branches, incoming.wait()))
+        return computed
+
+    def _order(self, name: str, following: str | None, call: GuidedCall) -> None:
+        """Tell every rank that has a part in this step; the others hear of it with their next order."""
+        if self._outbox is None:
+            return
+        self._outbox.note(call.inputs)
+        involved = self._executor.involved(name, following)
+        flow = self._executor.flow(name)
+        for rank, missed in self._missed.items():
+            if rank not in involved:
+                missed.append(self._index[name])
+                if len(missed) == MAX_MISSED:
+                    self._outbox.send(rank, Order(self._generation, call.step, None, None, tuple(missed)), ())
+                    missed.clear()
+                continue
+            after = None if following is None else self._index[following]
+            order = Order(self._generation, call.step, self._index[name], after, tuple(missed))
+            self._outbox.send(rank, order, flow.branches(rank))
+            missed.clear()
+
+    def _following(self, step: int, num_steps: int) -> str | None:
+        """The pattern of the next step that computes anything, if it is known before this step has run.
+
+        Steps without units change no rank's state, so they do not count.
+        """
+        if num_steps != self.plan.num_steps:
+            return self.plan.exact if step + 1 < num_steps else None
+        fixed = isinstance(self.plan.schedule, FixedSchedule)
+        for later in range(step + 1, num_steps if fixed else min(step + 2, num_steps)):
+            if not self._schedule.next_is_known(later):
+                return None
+            name = self._schedule.pattern_at(later)
+            if self.plan.pattern(name).units:
+                return name
+        return None
+
+    def _fail(self, error: BaseException, doing: str) -> NoReturn:
+        """Close and raise: after a step that broke off, the ranks no longer agree on what comes next."""
+        reason = error
+        if isinstance(error, PeerError) and self._pool is not None:
+            silent = [error.peer] if error.timed_out else []
+            assert self._transport is not None
+            timeout_s = self._transport.timeout_s or 0.0
+            reason = self._pool.failure(doing, silent=silent, timeout_s=timeout_s, suspect=error.peer)
+        self._close()
+        if reason is error:
+            raise error
+        raise reason from None
+
+    def _say_once(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(f"hybridiff: {message}", stacklevel=2)
+
+
+def _weights_key(denoiser: nn.Module) -> tuple[object, ...]:
+    """Changes when a parameter, buffer or submodule is replaced or edited in place (LoRA, offloading, `load`)."""
+    tensors = [*denoiser.parameters(), *denoiser.buffers()]
+    versions = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+    return versions, tuple(id(module) for module in denoiser.modules())

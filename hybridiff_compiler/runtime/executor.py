@@ -1,0 +1,182 @@
+"""One rank's part of a step: the same code on the driver and on the workers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from ..ir import Branch, Plan, PlanMismatchError
+from .exchange import Exchange, Flow, Message, Slot
+from .segments import SegmentRunner, capture_branch
+from .transport import Channel, Incoming, Layout, Transport
+
+__all__ = ["RankExecutor"]
+
+
+class RankExecutor:
+    """Runs this rank's segments of one pattern after another and keeps the values that later steps read.
+
+    What it holds between steps is the newest copy that reached this rank of every value; `Placement` says which of
+    them are the newest anywhere. A stale read sees the state at the start of the step, a fresh read what the step
+    computed, so the result equals the simulator's.
+    """
+
+    def __init__(
+        self, plan: Plan, denoiser: nn.Module, *, rank: int, transport: Transport | None, backend: str
+    ) -> None:
+        """Captures `denoiser`; no graph is built before `prepare` or the first `run`.
+
+        Args:
+            plan: the tables.
+            denoiser: the network with its weights, which are used by reference.
+            rank: this rank.
+            transport: to the other ranks; None in a world of one.
+            backend: see `hybridiff_compiler.backends`.
+
+        Raises:
+            PlanMismatchError: the plan was made for another denoiser.
+        """
+        signature = plan.model.signature
+        captured = capture_branch(denoiser, signature)
+        fingerprint = captured.layers.fingerprint()
+        if fingerprint != plan.model.fingerprint:
+            raise PlanMismatchError(
+                f"the plan was made for {plan.model.name} ({plan.model.denoiser}, layer graph "
+                f"{plan.model.fingerprint[:12]}), this {type(denoiser).__name__} has layer graph {fingerprint[:12]}; "
+                "profile this model and plan again"
+            )
+        estimate = captured.graph_module.graph.output_node().all_input_nodes[0].meta["val"]
+        self._estimate_spec = tuple(estimate.shape), estimate.dtype
+        self.rank = rank
+        self.runner = runner = SegmentRunner(
+            denoiser, signature, plan.patterns, plan.partitions, backend=backend, captured=captured
+        )
+        self._transport = transport
+        self._exchange = Exchange(plan.patterns, runner)
+        self._placement = self._exchange.start
+        self._values: dict[Slot, Tensor] = {}
+        self._pending: list[tuple[Message, Incoming]] = []
+        self._layouts: dict[tuple[Slot, ...], Layout] = {}
+        self._estimate_layouts: dict[tuple[Branch, ...], Layout] = {}
+
+    def flow(self, name: str) -> Flow:
+        """The static part of pattern `name`."""
+        return self._exchange.flows[name]
+
+    def prepare(self) -> None:
+        """Build every graph of this rank now."""
+        flows = self._exchange.flows.values()
+        self.runner.prepare(launch.segment for flow in flows for launch in flow.on(self.rank))
+
+    def reset(self) -> None:
+        """A generation begins: let transfers under way finish, then forget all values."""
+        self._arrive()
+        self._values.clear()
+        self._placement = self._exchange.start
+
+    def involved(self, name: str, following: str | None) -> frozenset[int]:
+        """Ranks that compute or exchange anything in a step of `name` that is followed by `following`."""
+        flow = self.flow(name)
+        before, placement = self._exchange.settle(self._placement, name)
+        after: tuple[Message, ...] = ()
+        if following is not None:
+            after, _ = self._exchange.settle(self._exchange.advance(placement, name), following)
+        return flow.ranks.union(*((m.source, m.target) for m in (*before, *after)))
+
+    def skip(self, name: str) -> None:
+        """Note a step of `name` in which this rank has no part."""
+        _, placement = self._exchange.settle(self._placement, name)
+        self._placement = self._exchange.advance(placement, name)
+
+    def run(
+        self, name: str, following: str | None, inputs: Mapping[Branch, Mapping[str, Tensor]]
+    ) -> dict[Branch, Tensor]:
+        """This rank's part of one step; returns the estimates that it computed.
+
+        Workers have sent theirs by then; the driver collects those with `estimates_from_workers`. Values that
+        `following` reads stale on another rank are on their way when this returns.
+
+        Raises:
+            PeerError: another rank is gone or silent.
+        """
+        flow = self.flow(name)
+        self._settle(name)
+        awaited = {message: self._receive(message) for message in flow.receives(self.rank)}
+        self._arrive()
+        written: dict[Slot, Tensor] = {}
+        computed: dict[Branch, Tensor] = {}
+        for launch in flow.on(self.rank):
+            for message in launch.receives:
+                if message in awaited:
+                    written.update(zip(message.slots, awaited.pop(message).wait()))
+            taken = {slot: self._values[slot] for slot in launch.stale}
+            taken.update((slot, written[slot]) for slot in launch.fresh)
+            estimates, values = self.runner.run(launch.segment, inputs, taken)
+            if estimates and self.rank:
+                self._send_estimates(estimates)
+            computed.update(estimates)
+            written.update((slot, self._own(value)) for slot, value in values.items())
+            for message in launch.sends:
+                self._send(message, written)
+        self._values.update(written)
+        self._placement = self._exchange.advance(self._placement, name)
+        if following is not None:
+            self._settle(following)
+        return computed
+
+    def expect_estimates(self, name: str) -> list[tuple[tuple[Branch, ...], Incoming]]:
+        """On the driver, before `run`: the estimates that workers will send in this step."""
+        expected = []
+        for launch in self.flow(name).launches:
+            segment = launch.segment
+            if segment.has_estimate and segment.rank != self.rank:
+                assert self._transport is not None
+                layout = self._estimate_layout(segment.branches)
+                # New memory every time: estimates are remembered for as long as the schedule needs them.
+                incoming = self._transport.receive(segment.rank, Channel.ESTIMATES, layout, keep=True)
+                expected.append((segment.branches, incoming))
+        return expected
+
+    def _settle(self, name: str) -> None:
+        messages, self._placement = self._exchange.settle(self._placement, name)
+        for message in messages:
+            if message.source == self.rank:
+                self._send(message, self._values)
+            elif message.target == self.rank:
+                self._pending.append((message, self._receive(message)))
+
+    def _arrive(self) -> None:
+        for message, incoming in self._pending:
+            self._values.update(zip(message.slots, incoming.wait()))
+        self._pending.clear()
+
+    def _send(self, message: Message, values: Mapping[Slot, Tensor]) -> None:
+        assert self._transport is not None
+        tensors = [values[slot] for slot in message.slots]
+        self._transport.send(message.target, Channel.VALUES, self._layout(message.slots), tensors)
+
+    def _receive(self, message: Message) -> Incoming:
+        assert self._transport is not None
+        return self._transport.receive(message.source, Channel.VALUES, self._layout(message.slots))
+
+    def _send_estimates(self, estimates: Mapping[Branch, Tensor]) -> None:
+        assert self._transport is not None
+        layout = self._estimate_layout(tuple(estimates))
+        self._transport.send(0, Channel.ESTIMATES, layout, list(estimates.values()))
+
+    def _own(self, value: Tensor) -> Tensor:
+        """`value`, copied if it is a view of a receive buffer, which a later message would overwrite."""
+        if self._transport is not None and self._transport.owns(value):
+            return value.clone()
+        return value
+
+    def _layout(self, slots: tuple[Slot, ...]) -> Layout:
+        if slots not in self._layouts:
+            self._layouts[slots] = Layout([self.runner.value_spec(name) for _, name in slots])
+        return self._layouts[slots]
+
+    def _estimate_layout(self, branches: tuple[Branch, ...]) -> Layout:
+        if branches not in self._estimate_layouts:
+            self._estimate_layouts[branches] = Layout([self._estimate_spec] * len(branches))
+        return self._estimate_layouts[branches]

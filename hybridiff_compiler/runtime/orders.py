@@ -1,0 +1,190 @@
+"""The one message per step from the driver to a worker: which pattern to run, and the input leaves that changed.
+
+Fixed layout, no pickling: a header of integers, one code per leaf and branch, then the bytes of the leaves that follow.
+Leaves that did not change since the worker last got them do not travel, so a prompt's embeddings cross once per
+generation; a leaf that both branches share crosses once. A branch's leaves go to a rank when that rank first needs the
+branch, whichever pattern that is.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ir import BRANCHES, Branch, CallSignature
+from .transport import Channel, Incoming, Layout, Transport, allocate
+
+__all__ = ["MAX_MISSED", "Leaf", "Order", "OrderInbox", "OrderOutbox", "leaf_slots"]
+
+Leaf = tuple[Branch, str]
+"""Branch and leaf path."""
+
+MAX_MISSED = 64
+"""Steps that one order can tell a worker to catch up with."""
+
+_NONE = -1
+_UNCHANGED, _FOLLOWS, _SAME_AS_OTHER = 0, 1, 2
+_HEADER = struct.Struct(f"<5q{MAX_MISSED}h")
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a worker is told about one step."""
+
+    generation: int
+    """Counts up; a new number resets the worker."""
+    step: int
+    pattern: int | None
+    """Index into the plan's patterns; None: only catch up."""
+    following: int | None
+    """The pattern of the next step that computes anything, when that is known already."""
+    missed: tuple[int, ...] = ()
+    """Patterns of the steps of this generation that this rank had no part in, since its last order."""
+
+
+def leaf_slots(signature: CallSignature) -> dict[Leaf, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor leaf of both branches, in the order of the codes."""
+    return {
+        (branch, leaf.path): (leaf.shape, getattr(torch, leaf.dtype or "float32"))
+        for branch in BRANCHES for leaf in signature.leaves if leaf.shape is not None
+    }
+
+
+class _Format:
+    """Where things are in an order."""
+
+    def __init__(self, signature: CallSignature) -> None:
+        self.leaves = leaf_slots(signature)
+        self.codes_at = _HEADER.size
+        self.payload_at = -(-(_HEADER.size + len(self.leaves)) // _ALIGNMENT) * _ALIGNMENT
+        self.nbytes = self.payload_at + Layout(list(self.leaves.values())).nbytes
+        self._layouts: dict[bytes, Layout] = {}
+
+    def layout(self, codes: bytes) -> Layout:
+        """Layout of the leaves that follow."""
+        if codes not in self._layouts:
+            specs = [spec for spec, code in zip(self.leaves.values(), codes) if code == _FOLLOWS]
+            self._layouts[codes] = Layout(specs)
+        return self._layouts[codes]
+
+
+class OrderOutbox:
+    """The driver's side: packs and sends orders, and knows which leaves every worker has."""
+
+    def __init__(self, transport: Transport, signature: CallSignature) -> None:
+        self._transport = transport
+        self._format = _Format(signature)
+        workers = range(1, transport.world_size)
+        self._buffers = {rank: [allocate(self._format.nbytes) for _ in range(2)] for rank in workers}
+        self._works: dict[int, list] = {rank: [None, None] for rank in workers}
+        self._turn = 0
+        self._seen: dict[Leaf, tuple[object, Tensor]] = {}
+        self._version: dict[Leaf, int] = dict.fromkeys(self._format.leaves, 0)
+        self._has: dict[int, dict[Leaf, int]] = {rank: dict.fromkeys(self._format.leaves, -1) for rank in workers}
+
+    def note(self, inputs: Mapping[Branch, Mapping[str, Tensor]]) -> None:
+        """Look at a step's inputs: which leaves are not what they were.
+
+        A leaf is the same when it is the same memory, not written to since. Holding on to it keeps its memory from
+        being handed out again, so that an equal address really means an equal tensor.
+        """
+        for leaf in self._format.leaves:
+            tensor = inputs[leaf[0]][leaf[1]]
+            key = _identity(tensor)
+            if key is None or leaf not in self._seen or self._seen[leaf][0] != key:
+                self._seen[leaf] = key, tensor
+                self._version[leaf] += 1
+
+    def send(self, rank: int, order: Order, branches: Collection[Branch]) -> None:
+        """Send an order with the changed leaves of `branches`."""
+        self._turn ^= 1
+        work = self._works[rank][self._turn]
+        if work is not None:
+            self._transport.wait(work, rank, "sending to")
+        buffer = self._buffers[rank][self._turn]
+        codes, tensors = self._changed(rank, branches)
+        missed = [*order.missed, *[_NONE] * (MAX_MISSED - len(order.missed))]
+        memory = buffer.numpy().data
+        pattern, following = (_NONE if p is None else p for p in (order.pattern, order.following))
+        _HEADER.pack_into(memory, 0, order.generation, order.step, pattern, following, len(order.missed), *missed)
+        memory[self._format.codes_at:self._format.codes_at + len(codes)] = codes
+        used = self._format.payload_at
+        if tensors:
+            layout = self._format.layout(codes)
+            for view, tensor in zip(layout.views(buffer[used:]), tensors, strict=True):
+                view.copy_(tensor)
+            used += layout.nbytes
+        self._works[rank][self._turn] = self._transport.send_bytes(rank, Channel.ORDERS, buffer[:used])
+
+    def _changed(self, rank: int, branches: Collection[Branch]) -> tuple[bytes, list[Tensor]]:
+        has, codes, tensors = self._has[rank], bytearray(), []
+        for leaf in self._format.leaves:
+            branch, path = leaf
+            if branch not in branches or has[leaf] == self._version[leaf]:
+                codes.append(_UNCHANGED)
+                continue
+            other: Leaf = (BRANCHES[0], path)
+            if branch != other[0] and has[other] == self._version[other] and self._is_shared(path):
+                codes.append(_SAME_AS_OTHER)
+            else:
+                codes.append(_FOLLOWS)
+                tensors.append(self._seen[leaf][1])
+            has[leaf] = self._version[leaf]
+        return bytes(codes), tensors
+
+    def _is_shared(self, path: str) -> bool:
+        keys = [self._seen[branch, path][0] for branch in BRANCHES]
+        return keys[0] is not None and keys[0] == keys[1]
+
+
+class OrderInbox:
+    """A worker's side: receives orders and keeps the newest leaves."""
+
+    def __init__(self, transport: Transport, signature: CallSignature) -> None:
+        self._transport = transport
+        self._format = _Format(signature)
+        self._buffers = [allocate(self._format.nbytes) for _ in range(2)]
+        self._turn = 0
+        self._next = self._ask()
+        self.inputs: dict[Branch, dict[str, Tensor]] = {branch: {} for branch in BRANCHES}
+        """Per branch: leaf path -> tensor, as far as they were ever sent."""
+
+    def receive(self) -> Order:
+        """Wait for the next order and take in its leaves."""
+        (buffer,) = self._next.wait()
+        self._next = self._ask()  # posted early, so that the driver's next message needs no round trip
+        memory = buffer.numpy().data
+        generation, step, pattern, following, count, *missed = _HEADER.unpack_from(memory, 0)
+        codes = bytes(memory[self._format.codes_at:self._format.codes_at + len(self._format.leaves)])
+        self._take(codes, buffer[self._format.payload_at:])
+        return Order(
+            generation, step, None if pattern == _NONE else pattern, None if following == _NONE else following,
+            tuple(missed[:count]),
+        )
+
+    def _take(self, codes: bytes, payload: Tensor) -> None:
+        if not any(codes):
+            return
+        views = iter(self._format.layout(codes).views(payload))
+        for (branch, path), code in zip(self._format.leaves, codes):
+            if code == _FOLLOWS:
+                # New memory: a value that is kept for later steps may be a view of an input.
+                self.inputs[branch][path] = next(views).clone()
+            elif code == _SAME_AS_OTHER:
+                self.inputs[branch][path] = self.inputs[BRANCHES[0]][path]
+
+    def _ask(self) -> Incoming:
+        self._turn ^= 1
+        return self._transport.receive_bytes(0, Channel.ORDERS, self._buffers[self._turn])
+
+
+def _identity(tensor: Tensor) -> Sequence[object] | None:
+    """A key that is equal only for the same unchanged memory; None when that cannot be told."""
+    if tensor.is_inference():
+        return None  # inference tensors count no versions
+    return (tensor.data_ptr(), tensor._version, tuple(tensor.shape), tensor.stride(), tensor.dtype)

@@ -1,0 +1,202 @@
+"""`parallelize`: run an unmodified pipeline by a plan, on as many processes as the plan has ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import warnings
+import weakref
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..ir import InputError, Plan, PlanMismatchError, UsageError
+from .driver import Driver
+from .executor import RankExecutor
+from .handover import pack_skeleton, raw_bytes
+from .intercept import find_denoiser, intercept
+from .processes import JOINED, READY, WorkerPool, open_store
+from .settings import NumericSettings
+from .transport import PeerError, Transport
+
+__all__ = ["ParallelPipeline", "parallelize"]
+
+_START_TIMEOUT_S = 600.0
+"""Longest time for a worker to import, take the weights and build its graphs; a dead one is noticed at once."""
+
+
+def parallelize(
+    pipe: Any,
+    plan: Plan,
+    *,
+    devices: Sequence[str | torch.device] | None = None,
+    timeout_s: float = 60.0,
+    threads: int | None = None,
+    backend: str = "eager",
+) -> ParallelPipeline:
+    """Start the workers of `plan` and route the denoiser calls of `pipe` through it, until closed.
+
+    Use as `with parallelize(pipe, plan): pipe(...)`, or call `close()` on the result. The pipeline itself is not
+    changed; calls that the plan does not cover run as if it were not there.
+
+    Args:
+        pipe: a diffusers pipeline whose denoiser is on the first rank's device.
+        plan: what to run.
+        devices: one per rank; default: what the plan says.
+        timeout_s: seconds after which a worker that does not answer within a step counts as hung.
+        threads: CPU threads per rank, also of this process while the plan is active; default: the processors that
+            this process may use, divided by the number of ranks.
+        backend: see `hybridiff_compiler.backends`.
+
+    Raises:
+        PlanMismatchError: the plan is for another model, or for other devices.
+        UsageError: an argument that can never work.
+        WorkerError: a worker could not be started.
+    """
+    return ParallelPipeline(pipe, plan, devices=devices, timeout_s=timeout_s, threads=threads, backend=backend)
+
+
+class ParallelPipeline:
+    """A pipeline that runs by a plan; `parallelize` makes it."""
+
+    def __init__(
+        self, pipe: Any, plan: Plan, *, devices: Sequence[str | torch.device] | None, timeout_s: float,
+        threads: int | None, backend: str,
+    ) -> None:
+        if timeout_s <= 0:
+            raise UsageError(f"timeout_s must be positive, got {timeout_s}")
+        threads = _threads_per_rank(plan.world_size) if threads is None else threads
+        if threads < 1:
+            raise UsageError(f"threads must be at least 1, got {threads}")
+        _, denoiser = find_denoiser(pipe)
+        _check_fits(plan, denoiser, devices)
+        self.plan = plan
+        self._resources = contextlib.ExitStack()
+        # Closes at the latest when the interpreter exits; refers to the resources only, not to this object.
+        self._finalizer = weakref.finalize(self, self._resources.close)
+        self._pool: WorkerPool | None = None
+        self._transport: Transport | None = None
+        try:
+            self._start(pipe, denoiser, timeout_s, threads, backend)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the plan is active."""
+        return self._finalizer.alive
+
+    @property
+    def worker_pids(self) -> tuple[int, ...]:
+        """Process ids of the workers, from rank 1 on."""
+        return () if self._pool is None else self._pool.pids
+
+    @property
+    def transport(self) -> Transport | None:
+        """Rank 0's transport, with its counts of messages and bytes sent; None in a world of one rank."""
+        return self._transport
+
+    @property
+    def executed(self) -> tuple[str, ...]:
+        """Pattern names of the present or last generation's steps so far."""
+        return tuple(self._driver.executed)
+
+    def close(self) -> None:
+        """End the workers and restore the pipeline; does nothing when closed already."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __del__(self) -> None:
+        finalizer = getattr(self, "_finalizer", None)
+        if finalizer is not None and finalizer.alive:
+            warnings.warn(
+                "hybridiff: the object that parallelize returned was dropped, which ends its workers; keep it, or use "
+                "`with parallelize(...)`",
+                stacklevel=2,
+            )
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start(self, pipe: Any, denoiser: nn.Module, timeout_s: float, threads: int, backend: str) -> None:
+        settings = NumericSettings.current()
+        self._resources.callback(settings.apply)
+        torch.set_num_threads(threads)
+        if self.plan.world_size > 1:
+            self._start_workers(denoiser, timeout_s, threads, backend)
+        executor = RankExecutor(
+            self.plan, denoiser, rank=0, transport=self._transport, backend=backend
+        )
+        executor.prepare()
+        if self._pool is not None:
+            self._pool.wait_for(READY, timeout_s=_START_TIMEOUT_S)
+        self._driver = Driver(
+            self.plan, denoiser, executor, transport=self._transport, pool=self._pool, close=self._finalizer
+        )
+        self._resources.enter_context(intercept(pipe, self._driver))
+
+    def _start_workers(self, denoiser: nn.Module, timeout_s: float, threads: int, backend: str) -> None:
+        plan = self.plan
+        skeleton, tensors = pack_skeleton(denoiser)
+        store = open_store()
+        pool = self._pool = WorkerPool(plan.world_size, store, threads=threads)
+        self._resources.callback(pool.close)
+        start = {
+            "plan": plan.model_dump_json(), "host": "127.0.0.1", "port": store.port, "backend": backend,
+            "settings": NumericSettings.current().to_json(),
+        }
+        for rank in range(1, plan.world_size):
+            pool.send_frame(rank, json.dumps(start).encode())
+            pool.send_frame(rank, skeleton)
+        pool.wait_for(JOINED, timeout_s=_START_TIMEOUT_S)
+        try:
+            transport = self._transport = _connect(store, plan.world_size, timeout_s)
+            self._resources.callback(transport.close)
+            transport.broadcast([raw_bytes(tensor) for tensor in tensors if tensor.numel()])
+        except (PeerError, RuntimeError) as error:
+            raise pool.failure("starting", suspect=getattr(error, "peer", None)) from error
+
+
+def _connect(store: dist.TCPStore, world_size: int, timeout_s: float) -> Transport:
+    return Transport(store, 0, world_size, timeout_s=timeout_s)
+
+
+def _threads_per_rank(world_size: int) -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)) // world_size)
+    return max(1, (os.cpu_count() or 1) // world_size)
+
+
+def _check_fits(plan: Plan, denoiser: nn.Module, devices: Sequence[str | torch.device] | None) -> None:
+    """What can be told before any work: model class and devices.
+
+    Raises:
+        PlanMismatchError, UsageError, InputError: see `parallelize`.
+    """
+    name = type(denoiser).__name__
+    if plan.model.denoiser != name:
+        raise PlanMismatchError(
+            f"the plan was made for a {plan.model.denoiser} ({plan.model.name}), this pipeline has a {name}; "
+            "profile this model and plan again"
+        )
+    planned = [spec.device for spec in plan.ranks]
+    given = planned if devices is None else [torch.device(device).type for device in devices]
+    if given != planned:
+        raise PlanMismatchError(f"the plan is for {len(planned)} ranks on {planned}, got devices {given}")
+    if set(planned) != {"cpu"}:
+        raise UsageError(f"ranks on {sorted(set(planned))}: this version runs plans on CPU ranks only")
+    device = next(denoiser.parameters()).device
+    if device.type != planned[0]:
+        raise InputError(
+            f"the denoiser is on {device}, rank 0 of the plan on {planned[0]}; move it with pipe.to({planned[0]!r})"
+        )
