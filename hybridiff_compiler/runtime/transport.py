@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from enum import IntEnum
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -120,7 +121,7 @@ class Transport:
         self._timeout = _FOREVER if timeout_s is None else timedelta(seconds=timeout_s)
         self._buffers: dict[tuple[bool, int, Channel, Layout], _Buffers] = {}
         self._received: set[int] = set()
-        self._group: dist.ProcessGroupGloo | None = _gloo_group(store, rank, world_size)
+        self._group: Any = _gloo_group(store, rank, world_size)
 
     def send(self, peer: int, channel: Channel, layout: Layout, tensors: Sequence[Tensor]) -> None:
         """Start sending `tensors` to `peer`; they may be changed as soon as this returns."""
@@ -214,8 +215,8 @@ class Transport:
         return self._buffers[key]
 
 
-def _gloo_group(store: dist.Store, rank: int, world_size: int) -> dist.ProcessGroupGloo:
-    options = dist.ProcessGroupGloo._Options()
+def _gloo_group(store: dist.Store, rank: int, world_size: int) -> Any:
+    options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     # Bound to the loopback address: gloo's default looks the host's name up, which fails on machines without one.
     options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
     options._timeout = timedelta(minutes=10)
