@@ -52,10 +52,15 @@ def _find(captured: CapturedDenoiser, denoiser: nn.Module, node: fx.Node, device
         value = operator.attrgetter(name)(denoiser)
     except AttributeError:
         value = operator.attrgetter(name)(captured.graph_module)
-        if isinstance(value, nn.Parameter) or value.is_meta:
+        if name not in captured.constants:
             raise PlanMismatchError(
                 f"{type(denoiser).__name__} has no tensor {name!r}, which the captured graph reads; bind the model "
                 "that was captured, or capture this one"
+            ) from None
+        if value.is_meta:
+            raise PlanMismatchError(
+                f"{type(denoiser).__name__} reads a constant ({name}) made during the forward on the meta device, "
+                "whose value is not known; capture the real denoiser instead of binding"
             ) from None
         return value if expected.device.type == "cpu" else value.to(device)
     if value.shape != expected.shape or value.dtype != expected.dtype:

@@ -44,6 +44,8 @@ class ExportedCall:
     under their qualified names; returns the estimate (one tensor)."""
     input_names: tuple[str, ...]
     """Tensor leaf paths in placeholder order."""
+    constants: frozenset[str]
+    """Qualified names of the tensors that the forward makes from Python values; they are not the denoiser's own."""
     called_modules: Mapping[str, str]
     """Class name of every submodule that was called, by module path (the denoiser itself is `""`)."""
     output_spec: pytree.TreeSpec
@@ -139,6 +141,7 @@ def _flatten(denoiser: nn.Module, program: ExportedProgram, call: Mapping[str, A
     graph = fx.Graph()
     copied: dict[fx.Node, Any] = {}
     tensors: dict[str, torch.Tensor] = {}
+    constants: set[str] = set()
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
 
@@ -155,8 +158,10 @@ def _flatten(denoiser: nn.Module, program: ExportedProgram, call: Mapping[str, A
             if isinstance(spec.arg, ConstantArgument):
                 copied[node] = spec.arg.value
         elif node.users:
-            target, value = _resolve(denoiser, program, spec)
-            tensors[target] = value
+            target, value = _resolve(denoiser, spec)
+            tensors[target] = program.constants[target] if value is None else value
+            if value is None:
+                constants.add(target)
             copied[node] = graph.get_attr(target)
             copied[node].meta["val"] = node.meta["val"]
 
@@ -173,7 +178,7 @@ def _flatten(denoiser: nn.Module, program: ExportedProgram, call: Mapping[str, A
     module = fx.GraphModule(tensors, graph, class_name=name)
     output_spec = program.call_spec.out_spec
     assert output_spec is not None
-    return ExportedCall(module.eval(), tuple(input_names), called, output_spec, leaves)
+    return ExportedCall(module.eval(), tuple(input_names), frozenset(constants), called, output_spec, leaves)
 
 
 def _leaf_positions(call: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
@@ -184,18 +189,17 @@ def _leaf_positions(call: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
             yield path, position
 
 
-def _resolve(denoiser: nn.Module, program: ExportedProgram, spec: InputSpec) -> tuple[str, torch.Tensor]:
-    """Qualified name and tensor object behind a lifted parameter, buffer or constant."""
+def _resolve(denoiser: nn.Module, spec: InputSpec) -> tuple[str, torch.Tensor | None]:
+    """Qualified name and tensor object of a lifted parameter, buffer or attribute; None for a constant of no module."""
     if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR) or spec.target is None:
         raise InputError(
             f"{type(denoiser).__name__} captures a {spec.kind.name.lower()} ({spec.target}), which is not supported; "
             "only parameters, buffers and constant tensors are"
         )
     try:
-        value = operator.attrgetter(spec.target)(denoiser)
+        return spec.target, operator.attrgetter(spec.target)(denoiser)
     except AttributeError:
-        value = program.constants[spec.target]
-    return spec.target, value
+        return spec.target, None
 
 
 def _copy_call(node: fx.Node, graph: fx.Graph, copied: dict[fx.Node, Any], name: str) -> None:
@@ -229,8 +233,10 @@ def _outputs(program: ExportedProgram, name: str) -> tuple[tuple[Any, ...], fx.N
         if isinstance(spec.arg, TensorArgument):
             estimates.append(by_name[spec.arg.name])
         leaves.append(... if isinstance(spec.arg, TensorArgument) else getattr(spec.arg, "value", None))
-    if len(estimates) != 1 or estimates[0].op != "call_function":
+    computed = [node for node in estimates if node.op == "call_function"]
+    if len(estimates) != 1 or not computed:
         raise InputError(
-            f"{name} returns {len(estimates)} computed tensors at these inputs; capture needs exactly one, the estimate"
+            f"{name} returns {len(estimates)} tensors ({len(computed)} computed) at these inputs; capture needs "
+            "exactly one computed tensor, the estimate"
         )
     return tuple(leaves), estimates[0]

@@ -36,6 +36,8 @@ class CapturedDenoiser:
     """Layer name of every `call_function` node, by node name."""
     input_names: tuple[str, ...]
     """Tensor leaf paths in placeholder order."""
+    constants: frozenset[str]
+    """Qualified names of the tensors that the forward makes from Python values; they are not the denoiser's own."""
     output_spec: pytree.TreeSpec
     """How the denoiser wraps its output."""
     output_leaves: tuple[Any, ...]
@@ -81,6 +83,7 @@ def capture(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
         layers=_layer_graph(exported.module, groups, layer_of, flops),
         layer_of=layer_of,
         input_names=exported.input_names,
+        constants=exported.constants,
         output_spec=exported.output_spec,
         output_leaves=exported.output_leaves,
     )

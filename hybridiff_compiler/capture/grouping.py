@@ -58,7 +58,7 @@ def group_nodes(graph: fx.Graph, called_modules: Mapping[str, str], flops: Mappi
         if not any(node.name in flops for node in run):
             glue += run
             continue
-        at = _cheapest_point(glue, run[0], live) if owners else 0
+        at = _cheapest_point(glue, run, live) if owners else 0
         if owners:
             owners[-1][1].extend(glue[:at])
         owners.append((key_of[run[0]], glue[at:] + run))
@@ -121,10 +121,20 @@ def node_bytes(node: fx.Node) -> int:
     return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
 
 
-def _cheapest_point(glue: Sequence[fx.Node], following: fx.Node, live: Mapping[fx.Node, int]) -> int:
-    """How many nodes of the glue join the layer before; of equal points the first."""
-    allowed = [i for i, node in enumerate((*glue, following)) if node.target is not operator.getitem]
-    return min(allowed, key=lambda i: (live[(*glue, following)[i]], i))
+def _cheapest_point(glue: Sequence[fx.Node], run: Sequence[fx.Node], live: Mapping[fx.Node, int]) -> int:
+    """How many nodes of the glue join the layer before; the rest joins `run`.
+
+    Of points with equally many live bytes the one where the layer after reads least, then the first.
+    """
+    tail = (*glue, *run)
+    points = [i for i in range(len(glue) + 1) if tail[i].target is not operator.getitem]
+    return min(points, key=lambda i: (live[tail[i]], _bytes_read(tail[i:]), i))
+
+
+def _bytes_read(nodes: Sequence[fx.Node]) -> int:
+    """Bytes of the computed values that `nodes` read from other nodes."""
+    outside = {source for node in nodes for source in node.all_input_nodes if source.op == "call_function"}
+    return sum(map(node_bytes, outside.difference(nodes)))
 
 
 def _named(owners: Sequence[tuple[str, list[fx.Node]]], called_modules: Mapping[str, str]) -> list[Group]:

@@ -54,10 +54,15 @@ def meta_denoiser(
 def _cast_checkpoint(denoiser: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Cast what a checkpoint holds (parameters and persistent buffers) as loading it would."""
     kept = getattr(denoiser, "_keep_in_fp32_modules", None) or []
-    persistent = set(denoiser.state_dict())
-    named: dict[str, torch.Tensor] = {**dict(denoiser.named_parameters()), **dict(denoiser.named_buffers())}
-    for name, tensor in named.items():
-        if name in persistent and tensor.is_floating_point():
-            in_float32 = any(part in name.split(".") for part in kept)
-            tensor.data = tensor.data.to(torch.float32 if in_float32 else dtype)
+    persistent = set(denoiser.state_dict(keep_vars=True))
+    for prefix, module in denoiser.named_modules():
+        for tensors in (module._parameters, module._buffers):
+            for leaf, tensor in tensors.items():
+                name = f"{prefix}.{leaf}" if prefix else leaf
+                if tensor is None or name not in persistent or not tensor.is_floating_point():
+                    continue
+                target = torch.float32 if any(part in name.split(".") for part in kept) else dtype
+                if tensor.dtype != target:
+                    cast = tensor.detach().to(target)
+                    tensors[leaf] = nn.Parameter(cast) if isinstance(tensor, nn.Parameter) else cast
     return denoiser
