@@ -57,6 +57,11 @@ class Driver:
         self._generation = 0
         self._said: set[str] = set()
 
+    def use(self, plan: Plan) -> None:
+        """Follow another plan from the next generation on; its patterns must be among those that the ranks know."""
+        self.plan = plan
+        self._schedule = ScheduleState(plan.schedule)
+
     def start(self, num_steps: int, signature: CallSignature) -> bool:
         """See `StepHandler.start`: covered are calls of the plan's signature with the weights that the ranks hold."""
         mismatch = self.plan.model.signature.mismatch(signature)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..capture import flatten_call
 from ..ir import BRANCHES, Branch, CallSignature, InputError
 
-__all__ = ["GuidedCall", "StepHandler", "find_denoiser", "intercept"]
+__all__ = ["GuidedCall", "StepHandler", "find_denoiser", "intercept", "is_intercepted"]
 
 _HOOK = "hybridiff_compiler"
 
@@ -64,6 +64,12 @@ def find_denoiser(pipe: Any) -> tuple[str, nn.Module]:
             "exactly one denoiser is supported, pass a pipeline with one"
         )
     return found[0]
+
+
+def is_intercepted(denoiser: nn.Module) -> bool:
+    """Whether an `intercept` context is active for this denoiser."""
+    registry = getattr(denoiser, "_diffusers_hook", None)
+    return registry is not None and registry.get_hook(_HOOK) is not None
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from ..ir import InputError, Plan, PlanMismatchError, UsageError
 from .driver import Driver
 from .executor import RankExecutor
 from .handover import pack_skeleton, raw_bytes
-from .intercept import find_denoiser, intercept
+from .intercept import find_denoiser, intercept, is_intercepted
 from .processes import JOINED, READY, WorkerPool, open_store
 from .settings import NumericSettings
 from .transport import PeerError, Transport
@@ -75,6 +75,8 @@ class ParallelPipeline:
             raise UsageError(f"threads must be at least 1, got {threads}")
         _, denoiser = find_denoiser(pipe)
         _check_fits(plan, denoiser, devices)
+        if is_intercepted(denoiser):
+            raise UsageError("this pipeline runs by a plan already; close that first, or give it another plan by use()")
         self.plan = plan
         self._resources = contextlib.ExitStack()
         # Closes at the latest when the interpreter exits; refers to the resources only, not to this object.
@@ -106,6 +108,28 @@ class ParallelPipeline:
     def executed(self) -> tuple[str, ...]:
         """Pattern names of the present or last generation's steps so far."""
         return tuple(self._driver.executed)
+
+    def use(self, plan: Plan) -> None:
+        """Follow `plan` from the next generation on, with the workers and graphs at hand (takes no time).
+
+        Raises:
+            PlanMismatchError: it is not for the same model and ranks, or names tables that this object was not
+                started with.
+            UsageError: closed already.
+        """
+        if not self.is_open:
+            raise UsageError("this parallel pipeline is closed; call parallelize again")
+        if (plan.model, plan.ranks) != (self.plan.model, self.plan.ranks):
+            raise PlanMismatchError("the plan is for another model or other ranks than the workers were started for")
+        partitions = {p.name: p for p in self.plan.partitions}
+        unknown = [p.name for p in plan.patterns if p not in self.plan.patterns]
+        unknown += [p.name for p in plan.partitions if partitions.get(p.name) != p]
+        if unknown:
+            raise PlanMismatchError(
+                f"the workers were not started with tables {unknown}; they know {[p.name for p in self.plan.patterns]} "
+                f"on {sorted(partitions)}; call parallelize with a plan that holds all of them"
+            )
+        self._driver.use(plan)
 
     def close(self) -> None:
         """End the workers and restore the pipeline; does nothing when closed already."""
