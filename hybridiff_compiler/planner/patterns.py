@@ -26,6 +26,8 @@ class Family:
     """Printable form on two ranks."""
     partitions: tuple[str, ...] = (WHOLE,)
     """Names of the partitions that it is generated for."""
+    exact: bool = False
+    """Whether its steps are exact; such a family cannot be switched off."""
 
     def on(self, partition: Partition | None) -> Pattern:
         """The table on `partition` (None: the whole denoiser)."""
@@ -41,8 +43,8 @@ class Family:
 _EVEN, _AROUND = ("linear", "nested"), ("nested", "thin")
 
 FAMILIES: tuple[Family, ...] = (
-    Family(name="single", table="u0@0 c0@0 | cfg"),
-    Family(name="branch", table="u0@0 c0@1 | cfg"),
+    Family(name="single", table="u0@0 c0@0 | cfg", exact=True),
+    Family(name="branch", table="u0@0 c0@1 | cfg", exact=True),
     Family(name="paper", table="u0@0(c1~) c1@1(u0~) | mirror", partitions=_EVEN),
     Family(name="cond-pipe", table="c0@0(c1~) c1@1(c0~) | delta", partitions=_EVEN),
     Family(name="cond-pipe-unguided", table="c0@0(c1~) c1@1(c0~) | mirror", partitions=_EVEN),
@@ -73,7 +75,8 @@ def generate_patterns(partitions: Sequence[Partition], gpus: int = 2) -> tuple[P
 
 def exact_patterns(gpus: int) -> tuple[Pattern, ...]:
     """The exact tables for `gpus` ranks: `single`, and `branch` where there is a second rank."""
-    return tuple(pattern for pattern in generate_patterns((), gpus) if pattern.is_exact)
+    check_gpus(gpus)
+    return _distinct(on_ranks(family.on(None), gpus) for family in FAMILIES if family.exact)
 
 
 def on_ranks(pattern: Pattern, world: int) -> Pattern:

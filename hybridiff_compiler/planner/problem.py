@@ -1,0 +1,120 @@
+"""A profile prepared for planning: the candidate patterns with their step costs and errors, and what they predict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+
+import numpy as np
+
+from ..ir import InputError, Pattern, Predictions, Profile, UsageError
+from .cost import StepCost, step_cost
+from .patterns import FAMILIES, check_gpus, exact_patterns, family_of, on_ranks
+from .tables import StepTable, schedule_errors, step_tables
+
+__all__ = ["Problem"]
+
+
+class Problem:
+    """Everything that one profile says about running on `gpus` ranks."""
+
+    def __init__(
+        self, profile: Profile, gpus: int, without: Iterable[str] = (), extra: Sequence[Pattern] = ()
+    ) -> None:
+        """
+        Args:
+            profile: measurements; its patterns are the candidates.
+            gpus: ranks, 1 or 2.
+            without: families to leave out.
+            extra: further candidates, `without` or not.
+
+        Raises:
+            UsageError: `gpus` is not 1 or 2, or `without` names an unknown family.
+        """
+        check_gpus(gpus)
+        self.profile, self.gpus = profile, gpus
+        exact = exact_patterns(gpus)
+        cheap = [on_ranks(pattern, gpus) for pattern in profile.patterns if not pattern.is_exact]
+        excluded = _check_families(without, cheap)
+        chosen = [*exact, *(p for p in cheap if family_of(p.name) not in excluded), *extra]
+        self.patterns: tuple[Pattern, ...] = tuple({pattern.name: pattern for pattern in chosen}.values())
+        self.exact = exact[-1]
+        """`branch`, or `single` on one rank."""
+        self.single = exact[0]
+
+    @cached_property
+    def by_name(self) -> dict[str, Pattern]:
+        """The candidate patterns by name."""
+        return {pattern.name: pattern for pattern in self.patterns}
+
+    @cached_property
+    def costs(self) -> dict[str, StepCost]:
+        """Step costs of the candidates by name."""
+        return {pattern.name: step_cost(self.profile, pattern) for pattern in self.patterns}
+
+    @cached_property
+    def tables(self) -> tuple[StepTable, ...]:
+        """The candidates that can be planned with: exact or of measured error."""
+        latencies = {name: cost.latency_s for name, cost in self.costs.items()}
+        return step_tables(self.patterns, latencies, self.profile.errors_by_pattern)
+
+    @property
+    def single_s(self) -> float:
+        """Predicted denoising loop of one rank, both branches batched: the baseline of every speed-up."""
+        return self.profile.num_steps * self.costs[self.single.name].latency_s
+
+    def psnr_db(self, error: float) -> float:
+        """Predicted mean PSNR of a schedule whose step errors sum to `error`; infinite for exact ones."""
+        if error <= 0:
+            return math.inf
+        law = self.profile.compounding
+        return law.intercept - law.slope * 20 * math.log10(error)
+
+    def latency_s(self, steps: Sequence[str]) -> float:
+        """Predicted denoising loop of a schedule."""
+        return math.fsum(self.costs[name].latency_s for name in steps)
+
+    def ideal_s(self, steps: Sequence[str]) -> float:
+        """Measured stage times of a schedule alone."""
+        return math.fsum(self.costs[name].ideal_s for name in steps)
+
+    def ideal_speedup(self, steps: Sequence[str]) -> float:
+        """Stage times of the one-rank run over those of a schedule."""
+        return len(steps) * self.costs[self.single.name].ideal_s / self.ideal_s(steps)
+
+    def error(self, steps: Sequence[str]) -> float | None:
+        """Summed step errors of a schedule; None where the profile measured no error for one of them."""
+        index = {table.pattern.name: number for number, table in enumerate(self.tables)}
+        if any(name not in index for name in steps):
+            return None
+        error = float(schedule_errors(self.tables, np.array([[index[name] for name in steps]], dtype=np.int16))[0])
+        return error if math.isfinite(error) else None
+
+    def predict(self, steps: Sequence[str], target: str = "") -> Predictions:
+        """Predictions for a fixed schedule.
+
+        Raises:
+            InputError: a step names a pattern that is no candidate.
+        """
+        unknown = sorted(set(steps) - set(self.by_name))
+        if unknown:
+            raise InputError(f"the profile knows no pattern {unknown[0]!r}; it has {', '.join(self.by_name)}")
+        latency, error = self.latency_s(steps), self.error(steps)
+        psnr = None if error is None else self.psnr_db(error)
+        return Predictions(
+            latency_s=latency, single_s=self.single_s, speedup=self.single_s / latency,
+            ideal_speedup=self.ideal_speedup(steps), psnr_db=None if psnr is None or math.isinf(psnr) else psnr,
+            target=target,
+        )
+
+
+def _check_families(without: Iterable[str], cheap: Sequence[Pattern]) -> frozenset[str]:
+    excluded = frozenset((without,) if isinstance(without, str) else without)
+    allowed = dict.fromkeys([f.name for f in FAMILIES if not f.exact] + [family_of(p.name) for p in cheap])
+    unknown = sorted(excluded - set(allowed))
+    if unknown:
+        raise UsageError(
+            f"got without {unknown[0]!r}, which is no family of cheap patterns; choose from {', '.join(allowed)}"
+        )
+    return excluded

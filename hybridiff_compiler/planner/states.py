@@ -1,0 +1,119 @@
+"""The states a generation can be in between two steps, as far as error is concerned: a finite automaton over ages.
+
+`AgeModel` has one age per slot that some pattern reads. Here the same is said with as few ages (*clocks*) as possible,
+which is exact:
+
+- what only exact steps renew ages alike, whatever it is, and slots renewed by the same patterns are one clock;
+- a pattern's error depends on its oldest read, so a slot that is renewed whenever another of its reads is renewed can
+  never be the oldest and need not be looked at;
+- beyond the largest age that was measured, all ages mean "too old" and are one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .tables import StepTable
+
+__all__ = ["StateSpace", "state_space"]
+
+Clock = frozenset[int]
+"""The cheap patterns (by index) that set the clock back; exact ones set all clocks back."""
+_EXACT_ONLY: Clock = frozenset()
+
+
+@dataclass(frozen=True)
+class StateSpace:
+    """Reachable states after an exact first step; state 0 is the one right after an exact step."""
+
+    ages: tuple[tuple[int, ...], ...]
+    """Per state, the age of every clock."""
+    target: NDArray[np.int32]
+    """`[pattern, state]`: where a step leads, or -1 where the pattern may not run."""
+    activation_age: NDArray[np.int32]
+    """`[pattern, state]`; 0 where it does not matter."""
+    memory_age: NDArray[np.int32]
+    """`[pattern, state]`; 0 where it does not matter."""
+
+    def __len__(self) -> int:
+        return len(self.ages)
+
+    def errors(self, tables: Sequence[StepTable], step: int) -> NDArray[np.float64]:
+        """`[pattern, state]`: error of running `step` so; infinite where it may not run."""
+        result = np.zeros(self.target.shape)
+        for p, table in enumerate(tables):
+            if table.pattern.is_exact:
+                continue
+            result[p] = table.errors(step, self.activation_age[p], self.memory_age[p])
+        result[self.target < 0] = np.inf
+        return result
+
+
+def state_space(tables: Sequence[StepTable], *, limit: int | None = None, cautious: bool = False) -> StateSpace | None:
+    """All states that schedules over `tables` can reach, or None when there are more than `limit`.
+
+    With `cautious`, what a pattern reads but does not renew itself counts as renewed by exact steps alone; ages are
+    then never too small. Breadth-first search: O(states x patterns x clocks).
+    """
+    reads = [_reads(tables, p, cautious) for p in range(len(tables))]
+    caps: dict[Clock, int] = {}
+    for table, clocks in zip(tables, reads):
+        for clock in clocks:
+            caps[clock] = max(caps.get(clock, 1), (table.activation_limit or 1) + 1)
+        if table.memory_limit is not None:
+            caps[_EXACT_ONLY] = max(caps.get(_EXACT_ONLY, 1), table.memory_limit + 1)
+    order = list(caps)
+    index = {clock: i for i, clock in enumerate(order)}
+    memory = index.get(_EXACT_ONLY)
+    renewed = [[p in clock for clock in order] for p in range(len(tables))]
+    read_indices = [[index[clock] for clock in clocks] for clocks in reads]
+
+    start = (1,) * len(order)
+    number = {start: 0}
+    ages = [start]
+    rows: list[list[tuple[int, int, int]]] = []
+    for state in ages:  # grows while it is walked
+        older = tuple(min(age + 1, caps[clock]) for age, clock in zip(state, order))
+        row = []
+        for p, table in enumerate(tables):
+            if table.pattern.is_exact:
+                row.append((0, 0, 0))
+                continue
+            activation = max((state[i] for i in read_indices[p]), default=0)
+            remembered = 0 if table.memory_limit is None or memory is None else state[memory]
+            if activation > (table.activation_limit or activation) or remembered > (table.memory_limit or remembered):
+                row.append((-1, activation, remembered))
+                continue
+            after = tuple(1 if fresh else age for fresh, age in zip(renewed[p], older))
+            if after not in number:
+                if limit is not None and len(ages) >= limit:
+                    return None
+                number[after] = len(ages)
+                ages.append(after)
+            row.append((number[after], activation, remembered))
+        rows.append(row)
+    table_of = np.array(rows, dtype=np.int32).reshape(len(ages), len(tables), 3).transpose(2, 1, 0)
+    return StateSpace(tuple(ages), table_of[0], table_of[1], table_of[2])
+
+
+def _reads(tables: Sequence[StepTable], index: int, cautious: bool) -> list[Clock]:
+    """The clocks whose oldest is the age of pattern `index`'s stale activations."""
+    table = tables[index]
+    if table.activations is None:
+        return []
+    clocks = set()
+    for unit in table.pattern.units:
+        for read in unit.reads:
+            if read.stale:
+                slot = (table.pattern.partition, read.branch, read.stage)
+                clock = frozenset(
+                    p for p, other in enumerate(tables)
+                    if not other.pattern.is_exact and other.pattern.partition == slot[0]
+                    and other.pattern.unit(read.branch, read.stage) is not None
+                )
+                clocks.add(clock if index in clock or not cautious else _EXACT_ONLY)
+    return [clock for clock in sorted(clocks, key=sorted) if not any(other < clock for other in clocks)]
