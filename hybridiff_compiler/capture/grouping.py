@@ -6,9 +6,10 @@
 2. The key of a node is the outermost atomic module it was called in, else the innermost container. Layers are
    contiguous runs of equal key in graph order: acyclic by construction.
 3. Runs without a matrix product, convolution or attention (time tables, skip concatenations, residual sums, norms in
-   front of a projection) are glue, not layers. Glue between two layers is divided where the fewest bytes are live: the
-   part in front of that point joins the layer before, the rest the layer after. So a residual sum stays with the
-   layer that ends in it, and a skip concatenation goes to the layer that reads it.
+   front of a projection) are glue, not layers. Glue between two layers is divided at the point where the fewest bytes
+   are live, and of such points where the layer after reads least: the nodes in front join the layer before, the rest
+   the layer after. So a residual sum stays with the layer that ends in it, and a skip concatenation goes to the layer
+   that reads it.
 """
 
 from __future__ import annotations

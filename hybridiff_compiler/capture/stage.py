@@ -63,6 +63,7 @@ def extract_stage(
     (estimate,) = graph_module.graph.output_node().all_input_nodes
     _check(inside, wanted, layer_of)
     has_estimate = layer_of[estimate.name] in inside
+    _check_tensors(nodes[name] for name in wanted)
     roots = ([estimate] if has_estimate else []) + [nodes[name] for name in wanted]
     if not roots:
         raise UsageError(
@@ -103,6 +104,13 @@ def _check(inside: frozenset[str], wanted: Sequence[str], layer_of: Mapping[str,
     if outside:
         where = "; ".join(f"{name!r} belongs to {layer_of.get(name, 'no layer')!r}" for name in outside[:_MAX_NAMED])
         raise UsageError(f"taps must be values that the stage computes: {where}; add that layer or drop the tap")
+
+
+def _check_tensors(taps: Iterable[fx.Node]) -> None:
+    for node in taps:
+        if not isinstance(node.meta["val"], torch.Tensor):
+            parts = ", ".join(user.name for user in node.users)
+            raise UsageError(f"tap {node.name!r} has several outputs, not one tensor; tap its parts instead: {parts}")
 
 
 def _slice(roots: Sequence[fx.Node], inside: frozenset[str], layer_of: Mapping[str, str]) -> set[fx.Node]:

@@ -132,6 +132,12 @@ def test_taps_of_other_layers_are_refused(sd3):
         sd3.captured.extract([sd3.captured.layers.output], [value.name])
 
 
+def test_multi_output_operations_are_no_taps(sd3):
+    node = next(n for n in sd3.captured.graph_module.graph.nodes if n.target is torch.ops.aten.chunk.default)
+    with pytest.raises(UsageError, match=f"tap {node.name!r} has several outputs.*getitem"):
+        sd3.captured.whole([node.name])
+
+
 class Writing(nn.Module):
     """In-place writes through views that cross the border between its blocks."""
 
