@@ -36,8 +36,8 @@ class Problem:
         self.profile, self.gpus = profile, gpus
         exact = exact_patterns(gpus)
         cheap = [on_ranks(pattern, gpus) for pattern in profile.patterns if not pattern.is_exact]
-        excluded = _check_families(without, cheap)
-        chosen = [*exact, *(p for p in cheap if family_of(p.name) not in excluded), *extra]
+        self.excluded = _check_families(without, cheap)
+        chosen = [*exact, *(p for p in cheap if family_of(p.name) not in self.excluded), *extra]
         self.patterns: tuple[Pattern, ...] = tuple({pattern.name: pattern for pattern in chosen}.values())
         self.exact = exact[-1]
         """`branch`, or `single` on one rank."""

@@ -127,6 +127,9 @@ def plan_for_steps(problem: Problem, steps: Sequence[str], ranks: tuple[RankSpec
 def _paper_plan(
     profile: Profile, gpus: int, without: Iterable[str], ranks: tuple[RankSpec, ...], target: str
 ) -> Plan:
+    problem = Problem(profile, gpus, without)
+    if "paper" in problem.excluded:
+        raise UsageError("the policy 'paper' cannot do without the family 'paper'; drop one of the two")
     window = paper_window(profile, gpus)
     problem = Problem(profile, gpus, without, extra=(window,))
     schedule = paper_schedule(profile, problem.exact.name, window.name)

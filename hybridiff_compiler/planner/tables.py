@@ -150,6 +150,7 @@ def _beats(rival: StepTable, table: StepTable, earlier: bool) -> bool:
         if mine.ndim == 2:
             if mine.shape[1] < theirs.shape[1]:
                 return False
+            better = better or mine.shape[1] > theirs.shape[1]
             reach = np.arange(len(theirs))[:, None] > np.arange(theirs.shape[1])[None, :]
             mine, theirs = mine[:, : theirs.shape[1]][reach], theirs[reach]
         if (mine > theirs).any():

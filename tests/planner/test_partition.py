@@ -59,6 +59,7 @@ def off_centre(costs: list[int], i: int, j: int) -> int:
     return abs(sum(costs[:i]) - sum(costs[j:]))
 
 
+@settings(deadline=None)
 @given(graphs())
 def test_bytes_match_a_literal_count(graph: LayerGraph) -> None:
     into, out = bytes_in(graph), bytes_out(graph)
@@ -69,7 +70,7 @@ def test_bytes_match_a_literal_count(graph: LayerGraph) -> None:
             assert out[i, j] == received(graph, after, inside)
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(st.data(), graphs(), links)
 def test_linear_is_optimal(data: st.DataObject, graph: LayerGraph, link: Link | None) -> None:
     costs = data.draw(costs_for(graph))
@@ -85,7 +86,7 @@ def test_linear_is_optimal(data: st.DataObject, graph: LayerGraph, link: Link | 
     assert max(stage_times(graph, costs, list(found.stages), link)) == pytest.approx(best)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.data(), graphs(), links)
 def test_nested_is_optimal(data: st.DataObject, graph: LayerGraph, link: Link | None) -> None:
     costs = data.draw(costs_for(graph))
@@ -100,7 +101,7 @@ def test_nested_is_optimal(data: st.DataObject, graph: LayerGraph, link: Link | 
     assert list(found.stages) == split(graph, *best)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.data(), graphs())
 def test_thin_is_optimal(data: st.DataObject, graph: LayerGraph) -> None:
     costs = data.draw(costs_for(graph))

@@ -1,0 +1,286 @@
+"""Plans for targets and policies, and the schedules to compare them with."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from hybridiff_compiler.ir import (
+    AdaptiveSchedule,
+    FixedSchedule,
+    Guidance,
+    InputError,
+    Pattern,
+    PatternErrors,
+    Plan,
+    Profile,
+    TargetError,
+    UsageError,
+)
+from hybridiff_compiler.planner import (
+    Problem,
+    alternating_plan,
+    alternating_steps,
+    family_of,
+    fewer_steps,
+    frontier,
+    plan,
+    proposals,
+)
+
+
+@pytest.fixture(scope="module")
+def profile() -> Profile:
+    from .profiles import make_profile
+
+    return make_profile(num_steps=20, max_age=4)
+
+
+def bare(profile: Profile, **changes: object) -> Profile:
+    return profile.model_copy(update={"errors": ()} | changes)
+
+
+def test_the_frontier_trades_latency_for_error(profile: Profile) -> None:
+    points = frontier(profile)
+    latencies, errors = [p.latency_s for p in points], [p.error for p in points]
+    assert latencies == sorted(latencies)
+    assert errors == sorted(errors, reverse=True)
+    assert len(set(latencies)) == len(points)
+    assert points[-1].steps == ("branch",) * 20
+    assert points[-1].psnr_db is None
+    assert points[-1].error == 0
+    assert all(p.steps[0] == p.steps[-1] == "branch" and len(p.steps) == 20 for p in points)
+    assert points[0].speedup > 4
+    assert points[0].ideal_speedup > points[0].speedup
+
+
+@pytest.mark.parametrize("min_psnr", [25.0, 30.0, 35.0, 40.0])
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_min_psnr_is_met_with_the_reserve_as_fast_as_possible(profile: Profile, min_psnr: float, gpus: int) -> None:
+    made = plan(profile, gpus=gpus, min_psnr=min_psnr)
+    predicted = made.predictions
+    assert predicted.psnr_db is not None
+    assert predicted.psnr_db >= min_psnr + profile.compounding.residual_db
+    wanted = min_psnr + profile.compounding.residual_db
+    enough = [p for p in frontier(profile, gpus) if (p.psnr_db or math.inf) >= wanted]
+    assert predicted.latency_s == pytest.approx(enough[0].latency_s)
+    assert predicted.target == f"min_psnr={min_psnr:g}"
+    assert made.world_size == gpus
+    assert predicted.single_s is not None
+    assert predicted.speedup == pytest.approx(predicted.single_s / predicted.latency_s)
+
+
+def test_an_unreachable_quality_gives_the_exact_plan(profile: Profile) -> None:
+    made = plan(profile, min_psnr=1e6)
+    assert made.is_exact
+    assert made.predictions.psnr_db is None
+
+
+@pytest.mark.parametrize("speedup", [1.5, 2.5, 4.0])
+def test_speedup_is_met_with_the_least_error(profile: Profile, speedup: float) -> None:
+    made = plan(profile, speedup=speedup)
+    assert made.predictions.speedup is not None
+    assert made.predictions.speedup >= speedup * (1 - 1e-6)
+    fast = [p for p in frontier(profile) if p.speedup >= speedup]
+    assert made.predictions.psnr_db == pytest.approx(fast[-1].psnr_db) or fast[-1].psnr_db is None
+
+
+def test_an_impossible_speedup_names_the_best(profile: Profile) -> None:
+    best = frontier(profile)[0].speedup
+    with pytest.raises(TargetError, match=r"1000x as fast as one; the fastest reaches \d+\.\d\dx") as e:
+        plan(profile, speedup=1000)
+    reachable = float(str(e.value).split("reaches ")[1].split("x")[0])
+    assert best - 0.01 <= reachable <= best
+    plan(profile, speedup=reachable)
+    with pytest.raises(TargetError, match="on 1 GPU is"):
+        plan(profile, gpus=1, speedup=1000)
+
+
+def test_policy_exact(profile: Profile) -> None:
+    two, one = plan(profile, policy="exact"), plan(profile, gpus=1, policy="exact")
+    assert str(two.schedule) == "branch*20"
+    assert str(one.schedule) == "single*20"
+    assert one.predictions.speedup == pytest.approx(1.0)
+    assert one.predictions.ideal_speedup == pytest.approx(1.0)
+    assert two.predictions.ideal_speedup == pytest.approx(1.9)
+    assert two.predictions.psnr_db is None
+    assert two.is_exact
+    assert plan(bare(profile), policy="exact").is_exact
+
+
+def test_policy_paper_has_the_published_constants() -> None:
+    from .profiles import make_profile
+
+    made = plan(make_profile(), policy="paper").schedule
+    assert isinstance(made, AdaptiveSchedule)
+    assert (made.history, made.eps, made.k, made.tau_cap) == (12, 4e-4, 5, 15)
+    assert (made.warmup, made.window) == ("branch", "paper:nested")
+    flow = plan(make_profile(scheduler="FlowMatchEulerDiscreteScheduler"), policy="paper").schedule
+    assert isinstance(flow, AdaptiveSchedule)
+    assert (flow.history, flow.eps, flow.k, flow.tau_cap) == (15, 5e-4, 5, 40)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 10, 25, 100])
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_policy_paper_scales_with_the_steps(steps: int, scheduler: str) -> None:
+    from .profiles import make_profile
+
+    made = plan(make_profile(num_steps=steps, scheduler=scheduler, max_age=2), policy="paper").schedule
+    assert isinstance(made, AdaptiveSchedule)
+    assert made.num_steps == steps
+    if steps == 25 and scheduler == "DDIMScheduler":
+        assert (made.history, made.k, made.tau_cap) == (6, 2, 8)
+        assert made.eps == pytest.approx(8e-4)
+
+
+def test_policy_paper_is_predicted_on_the_mean_discrepancy_curve(profile: Profile) -> None:
+    profile = profile.model_copy(update={"scheduler": "FlowMatchEulerDiscreteScheduler"})
+    flat = Guidance(rel_mae=((0.2,) * 20,))
+    steep = Guidance(rel_mae=(tuple(np.linspace(9, 1, 20).tolist()),))
+    early = plan(profile.model_copy(update={"guidance": flat}), policy="paper")
+    late = plan(profile.model_copy(update={"guidance": steep}), policy="paper")
+    assert early.predictions.psnr_db is not None
+    assert late.predictions.psnr_db is not None
+    assert early.predictions.psnr_db < late.predictions.psnr_db  # errors fall over the steps here
+    assert plan(profile.model_copy(update={"guidance": None}), policy="paper").predictions.psnr_db is not None
+
+
+def test_policy_paper_takes_the_partition_of_less_error(profile: Profile) -> None:
+    swapped = {"paper:nested": "paper:linear", "paper:linear": "paper:nested"}
+    errors = tuple(PatternErrors(pattern=swapped.get(e.pattern, e.pattern), curves=e.curves) for e in profile.errors)
+    schedule = plan(profile.model_copy(update={"errors": errors}), policy="paper").schedule
+    assert schedule.patterns == ("branch", "paper:linear")
+
+
+def test_policy_paper_without_errors_takes_the_partition_of_fewer_bytes(profile: Profile) -> None:
+    made = plan(bare(profile, patterns=()), policy="paper")
+    assert made.schedule.patterns == ("branch", "paper:nested")
+    assert made.predictions.psnr_db is None
+    assert made.predictions.speedup is not None
+    one = plan(profile, gpus=1, policy="paper")
+    assert one.pattern("paper:nested").table == "u0@0(c1~) c1@0(u0~) | mirror"
+
+
+def test_plans_hold_what_they_use_and_round_trip(profile: Profile) -> None:
+    made = plan(profile, min_psnr=30)
+    assert isinstance(made.schedule, FixedSchedule)
+    used = set(made.schedule.steps) | {"branch"}
+    assert {p.name for p in made.patterns} == used
+    assert {p.name for p in made.partitions} == {p.partition for p in made.patterns} - {"whole"}
+    assert Plan.parse(made.model_dump_json()) == made
+    assert made.provenance is not None
+    assert made.provenance.profile_sha256 == profile.digest()
+    assert made.model == profile.model
+
+
+def test_without_leaves_families_out(profile: Profile) -> None:
+    for without in (("reuse",), ("branch-reuse",), ("reuse", "branch-reuse"), "reuse"):
+        names = {family_of(name) for point in frontier(profile, 2, without) for name in point.steps}
+        assert not names & ({without} if isinstance(without, str) else set(without))
+    everything = ("paper", "cond-pipe", "cond-pipe-unguided", "branch-reuse", "reuse")
+    assert plan(profile, min_psnr=20, without=everything).is_exact
+    with_reuse, no_reuse = (plan(profile, min_psnr=20, without=w) for w in ((), ("reuse",)))
+    assert with_reuse.predictions.latency_s <= no_reuse.predictions.latency_s + 1e-9
+
+
+def test_device_follows_the_profile_unless_told(profile: Profile) -> None:
+    cpu = profile.model_copy(update={"provenance": profile.provenance.model_copy(update={"threads": 1})})
+    assert [r.device for r in plan(cpu, policy="exact").ranks] == ["cpu", "cpu"]
+    assert [r.device for r in plan(profile, policy="exact").ranks] == ["cuda", "cuda"]
+    assert [r.device for r in plan(profile, policy="exact", device="cpu").ranks] == ["cpu", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "got targets: none; give exactly one of min_psnr, speedup and policy"),
+        ({"min_psnr": 30, "speedup": 2}, "got targets: min_psnr=30, speedup=2"),
+        ({"policy": "fast"}, "got policy 'fast'; choose from exact, paper"),
+        ({"policy": "exact", "gpus": 0}, "got 0 GPUs; this planner makes tables for 1 or 2 ranks"),
+        ({"policy": "exact", "gpus": -2}, "got -2 GPUs"),
+        ({"policy": "exact", "gpus": 8}, "got 8 GPUs"),
+        ({"min_psnr": 30, "without": ("magic",)}, "got without 'magic', which is no family"),
+        ({"min_psnr": 30, "without": ("branch",)}, "choose from paper, cond-pipe"),
+        ({"policy": "paper", "without": ("paper",)}, "policy 'paper' cannot do without"),
+        ({"min_psnr": math.nan}, "got min_psnr=nan"),
+        ({"speedup": 0}, "got speedup=0; give a factor above 0"),
+        ({"speedup": math.inf}, "got speedup=inf"),
+        ({"policy": "exact", "device": "tpu"}, "got device 'tpu'; choose cpu or cuda"),
+    ],
+)
+def test_wrong_arguments_are_usage_errors(profile: Profile, arguments: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        plan(profile, **arguments)
+
+
+def test_a_profile_without_errors_allows_policies_only(profile: Profile) -> None:
+    for arguments in ({"min_psnr": 30}, {"speedup": 2}):
+        with pytest.raises(InputError, match=r"holds no pattern errors.*use the policy 'exact'"):
+            plan(bare(profile), **arguments)
+    with pytest.raises(InputError, match="no partition for the paper's pattern"):
+        plan(bare(profile, partitions=(), patterns=()), policy="paper")
+
+
+def test_patterns_without_errors_are_not_planned_with(profile: Profile) -> None:
+    extra = Pattern.parse("mine", "c0@0 | mirror")
+    measured = tuple(e for e in profile.errors if e.pattern != "reuse")
+    points = frontier(profile.model_copy(update={"errors": measured, "patterns": (*profile.patterns, extra)}))
+    assert not {"reuse", "mine"} & {name for point in points for name in point.steps}
+
+
+def test_alternating_plan_costs_the_same(profile: Profile) -> None:
+    made = plan(profile, min_psnr=30)
+    row = alternating_plan(profile, made)
+    assert row.predictions.ideal_speedup == pytest.approx(made.predictions.ideal_speedup, rel=0.1)
+    assert set(row.schedule.patterns) == {"branch", "reuse"}
+    assert made.predictions.latency_s <= row.predictions.latency_s or (
+        made.predictions.psnr_db > row.predictions.psnr_db
+    )
+    assert str(alternating_plan(profile, plan(profile, policy="exact")).schedule) == "branch*20"
+    with pytest.raises(UsageError, match="got pattern 'magic'"):
+        alternating_plan(profile, made, "magic")
+    with pytest.raises(UsageError, match="no ideal speed-up"):
+        alternating_plan(profile, made.with_steps(("branch",) * 20))
+
+
+def test_fewer_steps_cost_the_same(profile: Profile) -> None:
+    assert fewer_steps(profile, plan(profile, policy="exact")) == 20
+    made = plan(profile, speedup=3.5)
+    assert fewer_steps(profile, made) == round(20 * 1.9 / made.predictions.ideal_speedup)
+
+
+def test_alternating_steps_are_even() -> None:
+    for num_steps, count in itertools.product(range(1, 12), range(10)):
+        if count > max(0, num_steps - 2):
+            with pytest.raises(UsageError, match=f"got {count} cheap steps"):
+                alternating_steps(num_steps, count, "e", "c")
+            continue
+        steps = alternating_steps(num_steps, count, "e", "c")
+        assert len(steps) == num_steps
+        assert steps.count("c") == count
+        assert steps[0] == steps[-1] == "e"
+        runs = [len(list(g)) for name, g in itertools.groupby(steps[1:-1]) if name == "c"]
+        assert max(runs, default=0) <= math.ceil(count / max(1, num_steps - 2 - count)) + 1
+
+
+def test_proposals_spread_over_the_range(profile: Profile) -> None:
+    found = proposals(profile)
+    problem = Problem(profile, 2)
+    assert len({steps for steps, _ in found}) == len(found) >= 6
+    for steps, error in found:
+        assert error > 0
+        assert problem.error(steps) == pytest.approx(error)
+    levels = [-20 * math.log10(error) for _, error in found]
+    assert max(levels) - min(levels) > 10
+    with pytest.raises(InputError, match="no pattern errors"):
+        proposals(bare(profile))
+
+
+def test_predictions_refuse_unknown_patterns(profile: Profile) -> None:
+    problem = Problem(profile, 2)
+    with pytest.raises(InputError, match="knows no pattern 'magic'"):
+        problem.predict(("branch", "magic"))
+    assert problem.predict(("branch",) + ("reuse",) * 18 + ("branch",)).psnr_db is None  # older than measured
