@@ -6,12 +6,30 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from ..capture import CapturedDenoiser
 from ..ir import Branch, Plan, PlanMismatchError
 from .exchange import Exchange, Flow, Message, Slot
 from .segments import SegmentRunner, capture_branch
 from .transport import Channel, Incoming, Layout, Transport
 
-__all__ = ["RankExecutor"]
+__all__ = ["RankExecutor", "capture_for"]
+
+
+def capture_for(plan: Plan, denoiser: nn.Module) -> CapturedDenoiser:
+    """The denoiser's graph at the plan's call.
+
+    Raises:
+        PlanMismatchError: the plan was made for another denoiser.
+    """
+    captured = capture_branch(denoiser, plan.model.signature)
+    fingerprint = captured.layers.fingerprint()
+    if fingerprint != plan.model.fingerprint:
+        raise PlanMismatchError(
+            f"the plan was made for {plan.model.name} ({plan.model.denoiser}, layer graph "
+            f"{plan.model.fingerprint[:12]}), this {type(denoiser).__name__} has layer graph {fingerprint[:12]}; "
+            "profile this model and plan again"
+        )
+    return captured
 
 
 class RankExecutor:
@@ -23,34 +41,24 @@ class RankExecutor:
     """
 
     def __init__(
-        self, plan: Plan, denoiser: nn.Module, *, rank: int, transport: Transport | None, backend: str
+        self, plan: Plan, denoiser: nn.Module, captured: CapturedDenoiser, *, rank: int, transport: Transport | None,
+        backend: str,
     ) -> None:
-        """Captures `denoiser`; no graph is built before `prepare` or the first `run`.
+        """No graph is built before `prepare` or the first `run`.
 
         Args:
             plan: the tables.
             denoiser: the network with its weights, which are used by reference.
+            captured: from `capture_for(plan, denoiser)`.
             rank: this rank.
             transport: to the other ranks; None in a world of one.
             backend: see `hybridiff_compiler.backends`.
-
-        Raises:
-            PlanMismatchError: the plan was made for another denoiser.
         """
-        signature = plan.model.signature
-        captured = capture_branch(denoiser, signature)
-        fingerprint = captured.layers.fingerprint()
-        if fingerprint != plan.model.fingerprint:
-            raise PlanMismatchError(
-                f"the plan was made for {plan.model.name} ({plan.model.denoiser}, layer graph "
-                f"{plan.model.fingerprint[:12]}), this {type(denoiser).__name__} has layer graph {fingerprint[:12]}; "
-                "profile this model and plan again"
-            )
         estimate = captured.graph_module.graph.output_node().all_input_nodes[0].meta["val"]
         self._estimate_spec = tuple(estimate.shape), estimate.dtype
         self.rank = rank
         self.runner = runner = SegmentRunner(
-            denoiser, signature, plan.patterns, plan.partitions, backend=backend, captured=captured
+            denoiser, plan.model.signature, plan.patterns, plan.partitions, backend=backend, captured=captured
         )
         self._transport = transport
         self._exchange = Exchange(plan.patterns, runner)

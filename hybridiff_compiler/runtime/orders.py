@@ -64,6 +64,7 @@ class _Format:
         self.payload_at = -(-(_HEADER.size + len(self.leaves)) // _ALIGNMENT) * _ALIGNMENT
         self.nbytes = self.payload_at + Layout(list(self.leaves.values())).nbytes
         self._layouts: dict[bytes, Layout] = {}
+        self._views: dict[tuple[int, bytes], tuple[Tensor, ...]] = {}
 
     def layout(self, codes: bytes) -> Layout:
         """Layout of the leaves that follow."""
@@ -71,6 +72,13 @@ class _Format:
             specs = [spec for spec, code in zip(self.leaves.values(), codes) if code == _FOLLOWS]
             self._layouts[codes] = Layout(specs)
         return self._layouts[codes]
+
+    def views(self, buffer: Tensor, codes: bytes) -> tuple[Tensor, ...]:
+        """The leaves that follow, inside `buffer`, which is one of the few that live as long as this object."""
+        key = id(buffer), codes
+        if key not in self._views:
+            self._views[key] = self.layout(codes).views(buffer[self.payload_at:])
+        return self._views[key]
 
 
 class OrderOutbox:
@@ -115,10 +123,9 @@ class OrderOutbox:
         memory[self._format.codes_at:self._format.codes_at + len(codes)] = codes
         used = self._format.payload_at
         if tensors:
-            layout = self._format.layout(codes)
-            for view, tensor in zip(layout.views(buffer[used:]), tensors, strict=True):
+            for view, tensor in zip(self._format.views(buffer, codes), tensors, strict=True):
                 view.copy_(tensor)
-            used += layout.nbytes
+            used += self._format.layout(codes).nbytes
         self._works[rank][self._turn] = self._transport.send_bytes(rank, Channel.ORDERS, buffer[:used])
 
     def _changed(self, rank: int, branches: Collection[Branch]) -> tuple[bytes, list[Tensor]]:
@@ -156,21 +163,22 @@ class OrderInbox:
 
     def receive(self) -> Order:
         """Wait for the next order and take in its leaves."""
-        (buffer,) = self._next.wait()
+        buffer = self._buffers[self._turn]
+        self._next.wait()
         self._next = self._ask()  # posted early, so that the driver's next message needs no round trip
         memory = buffer.numpy().data
         generation, step, pattern, following, count, *missed = _HEADER.unpack_from(memory, 0)
         codes = bytes(memory[self._format.codes_at:self._format.codes_at + len(self._format.leaves)])
-        self._take(codes, buffer[self._format.payload_at:])
+        self._take(codes, buffer)
         return Order(
             generation, step, None if pattern == _NONE else pattern, None if following == _NONE else following,
             tuple(missed[:count]),
         )
 
-    def _take(self, codes: bytes, payload: Tensor) -> None:
+    def _take(self, codes: bytes, buffer: Tensor) -> None:
         if not any(codes):
             return
-        views = iter(self._format.layout(codes).views(payload))
+        views = iter(self._format.views(buffer, codes))
         for (branch, path), code in zip(self._format.leaves, codes):
             if code == _FOLLOWS:
                 # New memory: a value that is kept for later steps may be a view of an input.

@@ -13,11 +13,11 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from ..ir import InputError, Plan, PlanMismatchError, UsageError
 from .driver import Driver
-from .executor import RankExecutor
+from .executor import RankExecutor, capture_for
 from .handover import pack_skeleton, raw_bytes
 from .intercept import find_denoiser, intercept, is_intercepted
 from .processes import JOINED, READY, WorkerPool, open_store
@@ -156,11 +156,17 @@ class ParallelPipeline:
         settings = NumericSettings.current()
         self._resources.callback(settings.apply)
         torch.set_num_threads(threads)
-        if self.plan.world_size > 1:
-            self._start_workers(denoiser, timeout_s, threads, backend)
-        executor = RankExecutor(
-            self.plan, denoiser, rank=0, transport=self._transport, backend=backend
-        )
+        plan = self.plan
+        if plan.world_size == 1:
+            captured = capture_for(plan, denoiser)
+        else:
+            skeleton, tensors = pack_skeleton(denoiser)
+            store = open_store()
+            self._pool = WorkerPool(plan.world_size, store, threads=threads)
+            self._resources.callback(self._pool.close)
+            captured = capture_for(plan, denoiser)  # while the workers import what they need
+            self._hand_over(store, skeleton, tensors, timeout_s, backend)
+        executor = RankExecutor(plan, denoiser, captured, rank=0, transport=self._transport, backend=backend)
         executor.prepare()
         if self._pool is not None:
             self._pool.wait_for(READY, timeout_s=_START_TIMEOUT_S)
@@ -169,12 +175,12 @@ class ParallelPipeline:
         )
         self._resources.enter_context(intercept(pipe, self._driver))
 
-    def _start_workers(self, denoiser: nn.Module, timeout_s: float, threads: int, backend: str) -> None:
-        plan = self.plan
-        skeleton, tensors = pack_skeleton(denoiser)
-        store = open_store()
-        pool = self._pool = WorkerPool(plan.world_size, store, threads=threads)
-        self._resources.callback(pool.close)
+    def _hand_over(
+        self, store: dist.TCPStore, skeleton: bytes, tensors: list[Tensor], timeout_s: float, backend: str
+    ) -> None:
+        """Give the workers plan and denoiser, and connect to them."""
+        plan, pool = self.plan, self._pool
+        assert pool is not None
         start = {
             "plan": plan.model_dump_json(), "host": "127.0.0.1", "port": store.port, "backend": backend,
             "settings": NumericSettings.current().to_json(),
@@ -184,15 +190,11 @@ class ParallelPipeline:
             pool.send_frame(rank, skeleton)
         pool.wait_for(JOINED, timeout_s=_START_TIMEOUT_S)
         try:
-            transport = self._transport = _connect(store, plan.world_size, timeout_s)
+            transport = self._transport = Transport(store, 0, plan.world_size, timeout_s=timeout_s)
             self._resources.callback(transport.close)
             transport.broadcast([raw_bytes(tensor) for tensor in tensors if tensor.numel()])
         except (PeerError, RuntimeError) as error:
             raise pool.failure("starting", suspect=getattr(error, "peer", None)) from error
-
-
-def _connect(store: dist.TCPStore, world_size: int, timeout_s: float) -> Transport:
-    return Transport(store, 0, world_size, timeout_s=timeout_s)
 
 
 def _threads_per_rank(world_size: int) -> int:

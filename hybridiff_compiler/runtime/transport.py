@@ -59,10 +59,11 @@ class Layout:
 
     def views(self, buffer: Tensor) -> tuple[Tensor, ...]:
         """The tensors inside `buffer`, 1-d uint8 of at least `nbytes`."""
-        return tuple(
-            buffer[offset:offset + nbytes].view(dtype).view(shape)
-            for (shape, dtype), (offset, nbytes) in zip(self.specs, self._places)
-        )
+        with torch.inference_mode(False):  # else the views could not be written to outside of that mode
+            return tuple(
+                buffer[offset:offset + nbytes].view(dtype).view(shape)
+                for (shape, dtype), (offset, nbytes) in zip(self.specs, self._places)
+            )
 
 
 def allocate(nbytes: int) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from ..ir import Plan
-from .executor import RankExecutor
+from .executor import RankExecutor, capture_for
 from .handover import raw_bytes, unpack_skeleton
 from .orders import Order, OrderInbox
 from .processes import FAILED, JOINED, READY, read_frame
@@ -52,7 +52,8 @@ class _Worker:
         transport = Transport(self._store, self._rank, plan.world_size, timeout_s=None)
         transport.broadcast([raw_bytes(tensor) for tensor in tensors if tensor.numel()])
         executor = RankExecutor(
-            plan, denoiser, rank=self._rank, transport=transport, backend=self._start["backend"]
+            plan, denoiser, capture_for(plan, denoiser), rank=self._rank, transport=transport,
+            backend=self._start["backend"],
         )
         executor.prepare()
         inbox = OrderInbox(transport, plan.model.signature)
