@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ir import BRANCHES, Branch, CallSignature, Combine, Pattern, UsageError
+from ..ir import BRANCHES, Branch, CallSignature, Combine, Pattern, Unit, UsageError
 from ..ir.profile import Source
 from ..runtime.estimates import EstimateMemory
 from ..runtime.intercept import GuidedCall
@@ -102,6 +102,7 @@ class Recorder:
         self._options, self._guidance_scale = options, guidance_scale
         depth = max((option.age for option in options), default=0)
         self._values: deque[dict[Slot, Tensor]] = deque(maxlen=depth + 1)
+        self._evaluated: dict[tuple[str, tuple[Unit, ...], int], dict[Branch, Tensor]] = {}
         self.recording = Recording()
 
     def start(self, num_steps: int, signature: CallSignature) -> bool:
@@ -122,6 +123,7 @@ class Recorder:
         images = pair["uncond"].shape[0]
         record.rel_mae.append([float(discrepancy({b: pair[b][i] for b in BRANCHES})) for i in range(images)])
         exact = guided(pair, self._guidance_scale)
+        self._evaluated.clear()
         record.deviations.append(
             {option: guided(self._estimate(option, call), self._guidance_scale) - exact
              for option in self._options if option.age <= call.step}
@@ -137,6 +139,8 @@ class Recorder:
             memory.preset(pairs[-1 - option.age])
             return memory.pair(pattern.combine, {b: pairs[-1][b] for b in pattern.estimated_branches})
         memory.preset(pairs[-1])
-        stale = self._values[option.age if option.source == "activations" else 0]
-        computed, _ = run_pattern(self._runner, pattern, call.inputs, stale)
-        return memory.pair(pattern.combine, computed)
+        age = option.age if option.source == "activations" else 0
+        key = (pattern.partition, pattern.units, age)
+        if key not in self._evaluated:  # patterns that differ in their combination alone share the evaluation
+            self._evaluated[key], _ = run_pattern(self._runner, pattern, call.inputs, self._values[age])
+        return memory.pair(pattern.combine, self._evaluated[key])

@@ -1,0 +1,69 @@
+"""The Python API: profile, plan and parallelize a diffusers pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .ir import Profile, UsageError
+
+__all__ = ["profile"]
+
+
+def profile(
+    pipe: Any,
+    *,
+    prompts: Sequence[str],
+    name: str | None = None,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 5.0,
+    seed: int = 0,
+    threads: int | None = None,
+    probes: int = 4,
+    quick: bool = False,
+    on_progress: Any = None,
+    **options: Any,
+) -> Profile:
+    """Measure a pipeline once: layer and stage times, discrepancy curves, and the image error of every cheap pattern.
+
+    Args:
+        pipe: a diffusers pipeline on the device that will run it; it is not changed.
+        prompts: calibration prompts; prompt k is generated from `seed + k`. A dozen or more for a profile to trust.
+        name: how the profile names the model (default: the pipeline's name or path).
+        num_inference_steps: denoising steps of the generations to plan for.
+        guidance_scale: classifier-free guidance scale (above 1).
+        seed: seeds prompts and probes; equal seeds give equal error curves.
+        threads: CPU threads of one rank, used for timing only (None: as torch is set).
+        probes: random image directions per prompt for the propagation of errors.
+        quick: at most four prompts, two probes and three ages: minutes become seconds, curves become rough.
+        on_progress: called with (stage, done, total).
+        **options: further keyword arguments of the pipeline call (height, width, negative_prompt, ...).
+
+    Raises:
+        UsageError: no prompts, or a number of steps below 3.
+        InputError: the pipeline makes no guided calls, has no decoder, or its scheduler is stochastic.
+    """
+    from .planner import candidate_partitions, generate_patterns, proposals
+    from .profiler import Generation, ProfileSession
+
+    if num_inference_steps < 3:
+        raise UsageError(f"got {num_inference_steps} steps; a schedule needs at least 3")
+    session = ProfileSession(
+        Generation(
+            pipe=pipe, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed,
+            options=options,
+        ),
+        list(prompts)[:4] if quick else list(prompts),
+        name=name or str(getattr(pipe, "name_or_path", "") or type(pipe).__name__),
+        threads=threads,
+        probes=min(probes, 2) if quick else probes,
+        ages=(1, 3, 8) if quick else (1, 2, 3, 5, 8),
+        rounds=5 if quick else 15,
+        on_progress=on_progress,
+    )
+
+    def tables(graph, costs):  # type: ignore[no-untyped-def]
+        partitions = candidate_partitions(graph, costs)
+        return partitions, generate_patterns(partitions, 2)
+
+    return session.measure(tables, proposals)
