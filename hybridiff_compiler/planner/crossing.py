@@ -1,4 +1,4 @@
-"""Bytes that cross the borders of every run of layers, all runs at once.
+"""Bytes that cross the borders of every run of layers, and what stays alive without it, all runs at once.
 
 A run `[i, j)` is a contiguous part of the layer order. Layers are listed in execution order, so a value enters a run
 from before it and leaves to after it. Each value counts once per receiving stage, however many layers there read it,
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..ir import LayerGraph
 
-__all__ = ["bytes_in", "bytes_out"]
+__all__ = ["bytes_in", "bytes_out", "live_seconds"]
 
 
 def bytes_in(graph: LayerGraph) -> NDArray[np.int64]:
@@ -45,3 +45,26 @@ def bytes_out(graph: LayerGraph) -> NDArray[np.int64]:
             table[producer, producer + 1] += value.nbytes
             table[producer, max(position[name] for name in value.consumers) + 1] -= value.nbytes
     return table.cumsum(axis=1)[::-1].cumsum(axis=0)[::-1, : size + 1]
+
+
+def live_seconds(graph: LayerGraph, seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`[i, j]`: time of the layers outside `[i, j)` whose results reach the output without passing through the run.
+
+    With the run's results reused, only these layers make this step's estimate differ from the last one. Backwards over
+    the layers, one array over all runs for each: O(edges x layers^2) bit operations.
+    """
+    size = len(graph.layers)
+    start, end = np.indices((size + 1, size + 1))
+    position = {name: index for index, name in enumerate(graph.names)}
+    consumers: list[set[int]] = [set() for _ in range(size)]
+    for value in graph.values:
+        consumers[position[value.producer]].update(position[name] for name in value.consumers)
+    total = np.zeros((size + 1, size + 1))
+    live: list[NDArray[np.bool_]] = [np.zeros(0, dtype=bool)] * size
+    for layer in reversed(range(size)):
+        reaches = np.full((size + 1, size + 1), graph.names[layer] == graph.output)
+        for consumer in consumers[layer]:
+            reaches |= live[consumer]
+        live[layer] = reaches & ((layer < start) | (layer >= end))
+        total += seconds[layer] * live[layer]
+    return total

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..ir import InputError, LayerGraph, Link, Partition, UsageError
-from .crossing import bytes_in, bytes_out
+from .crossing import bytes_in, bytes_out, live_seconds
 
 __all__ = ["candidate_partitions", "linear", "nested", "thin"]
 
@@ -100,10 +100,14 @@ def thin(
 ) -> Partition:
     """An inner run (stage 0) whose surroundings (stage 1) take at most `share` of the denoiser's time.
 
-    Objective: maximise the outer time subject to `outer <= share * total`, because what is computed fresh is what keeps
-    the image right. Runs with at least `1 - slack` of that maximum count as equal; ties are broken as in `nested`,
-    whose candidates, algorithm and complexity hold here too. Communication is left out: the pattern that this split
-    is for (`branch-reuse`) moves no activations.
+    Objective: maximise the *live* outer time subject to `outer <= share * total`. Live are the outer layers that reach
+    the output without passing through the inner run: with the inner stage reused, they alone bring something new into
+    the estimate. (In a U-Net the way down is live through its skip connections; in a plain chain of blocks only what
+    follows the run is.) Runs with at least `1 - slack` of that maximum count as equal; ties are broken as in `nested`,
+    whose candidates hold here too. Communication is left out: the pattern that this split is for (`branch-reuse`) moves
+    no activations.
+
+    Algorithm: enumeration as in `nested`; the live times cost O(edges x layers^2) bit operations.
 
     Raises:
         UsageError: `costs` does not fit the graph, `slack` is negative, or `share` is not between 0 and 1.
@@ -120,8 +124,8 @@ def thin(
             f"every inner run leaves at least {outer.min() / total:.0%} of the time outside, more than the {share:.0%} "
             "asked for; ask for a larger share"
         )
-    most = outer[fits].max()
-    return runs.choose(fits & (outer >= most * (1 - _check_slack(slack)) * (1 - 1e-12)), name)
+    live = live_seconds(graph, _check_costs(graph, costs))
+    return runs.choose(fits & (live >= live[fits].max() * (1 - _check_slack(slack)) * (1 - 1e-12)), name)
 
 
 def candidate_partitions(graph: LayerGraph, costs: Sequence[float]) -> tuple[Partition, ...]:

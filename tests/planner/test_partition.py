@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from itertools import combinations
 
+import networkx as nx
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -53,6 +54,11 @@ def split(graph: LayerGraph, i: int, j: int) -> list[tuple[str, ...]]:
 def crossing(graph: LayerGraph, i: int, j: int) -> int:
     inner, outer = map(set, split(graph, i, j))
     return received(graph, inner, outer) + received(graph, outer, inner)
+
+
+def live(graph: LayerGraph, costs: list[int], i: int, j: int) -> int:
+    left = graph.to_networkx().subgraph(split(graph, i, j)[1])
+    return sum(cost for name, cost in zip(graph.names, costs) if name in left and nx.has_path(left, name, graph.output))
 
 
 def off_centre(costs: list[int], i: int, j: int) -> int:
@@ -114,8 +120,8 @@ def test_thin_is_optimal(data: st.DataObject, graph: LayerGraph) -> None:
         with pytest.raises(InputError, match="ask for a larger share"):
             thin(graph, costs, share, slack=slack)
         return
-    most = max(outer[run] for run in fits)
-    tied = [run for run in fits if outer[run] >= most * (1 - slack)]
+    alive = {run: live(graph, costs, *run) for run in fits}
+    tied = [run for run in fits if alive[run] >= max(alive.values()) * (1 - slack)]
     best = min(tied, key=lambda run: (crossing(graph, *run), off_centre(costs, *run), *run))
     assert list(thin(graph, costs, share, slack=slack).stages) == split(graph, *best)
 
@@ -127,6 +133,13 @@ def test_nested_follows_the_symmetry_of_a_unet() -> None:
     first = graph.names.index(inner[0])
     assert abs(first - (len(graph.layers) - first - len(inner))) <= 2
     assert Partition(name="n", stages=(inner, outer)).is_nested(graph)
+
+
+def test_thin_keeps_what_follows_in_a_plain_chain() -> None:
+    graph = graph_of(12, [(0, tuple(range(1, 12)), 1), *((i, (i + 1,), 8) for i in range(1, 11))])
+    inner, outer = thin(graph, [0.1] + [1.0] * 11, 0.4).stages
+    assert inner == tuple(f"l{i}" for i in range(1, 8))
+    assert outer == ("l0", "l8", "l9", "l10", "l11")
 
 
 def test_candidates_are_named_and_distinct() -> None:
