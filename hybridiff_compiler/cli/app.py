@@ -1,0 +1,34 @@
+"""The Typer application: one command per file."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from . import demo, plan, profile, run, show, verify
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="hybridiff",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def about(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    """Plan and run diffusion inference on several GPUs: profile a pipeline, solve for a schedule, run it."""
+    if version:
+        from importlib.metadata import version as version_of
+
+        typer.echo(f"hybridiff {version_of('hybridiff-compiler')}")
+        raise typer.Exit
+
+
+for module in (demo, profile, plan, run, verify, show):
+    app.command(name=module.__name__.rpartition(".")[2])(module.command)

@@ -1,0 +1,114 @@
+"""Where a command's words go: results to stdout, progress and remarks to stderr.
+
+With `--json` stdout carries one JSON object and nothing else, whatever libraries print.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+__all__ = ["Output", "ProgressCallback", "opened"]
+
+ProgressCallback = Callable[[str, int, int], None]
+"""Called with (stage, done, total)."""
+
+_PLAIN_WIDTH = 160
+"""Columns when stdout is a file or a pipe: tables must not be folded to 80."""
+
+
+class Output:
+    """The two streams of one command."""
+
+    def __init__(self, json_mode: bool, stdout: TextIO) -> None:
+        self.json_mode = json_mode
+        self._stdout = stdout
+        self._results = Console(file=stdout, width=None if stdout.isatty() else _PLAIN_WIDTH, highlight=False)
+        self._remarks = Console(stderr=True, highlight=False)
+
+    def result(self, *human: RenderableType, machine: Callable[[], Any]) -> None:
+        """Print the result: `human` renderables, or with `--json` the object that `machine` returns."""
+        if self.json_mode:
+            self._stdout.write(json.dumps(machine(), indent=1, allow_nan=False) + "\n")
+            self._stdout.flush()
+            return
+        for part in human:
+            self._results.print(part)
+
+    def remark(self, text: str) -> None:
+        """One line on stderr."""
+        self._remarks.print(text, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def progress(self) -> Iterator[ProgressCallback]:
+        """A callback that draws one bar per stage on stderr (one line per stage where stderr is no terminal)."""
+        if not self._remarks.is_terminal:
+            yield _plain_progress(self.remark)
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self._remarks, transient=True) as bars:
+            tasks: dict[str, TaskID] = {}
+
+            def update(stage: str, done: int, total: int) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bars.add_task(stage, total=total)
+                bars.update(tasks[stage], completed=done, total=total)
+
+            yield update
+
+
+def _plain_progress(remark: Callable[[str], None]) -> ProgressCallback:
+    seen: set[str] = set()
+
+    def update(stage: str, done: int, total: int) -> None:
+        if stage not in seen:
+            seen.add(stage)
+            remark(f"{stage} ...")
+
+    return update
+
+
+@contextmanager
+def opened(json_mode: bool) -> Iterator[Output]:
+    """The output of a command; stray prints go to stderr while it is open in JSON mode."""
+    stdout = sys.stdout
+    if not json_mode:
+        yield Output(False, stdout)
+        return
+    with _kept_clean(stdout) as clean:
+        yield Output(True, clean)
+
+
+@contextmanager
+def _kept_clean(stdout: TextIO) -> Iterator[TextIO]:
+    """Send file descriptor 1 (worker processes inherit it) and `sys.stdout` to stderr; yield the real stdout."""
+    sys.stdout = sys.stderr
+    try:
+        if not _is_descriptor_one(stdout):
+            yield stdout
+            return
+        stdout.flush()
+        saved = os.dup(1)
+        os.dup2(2, 1)
+        try:
+            with os.fdopen(os.dup(saved), "w", encoding="utf-8") as real:
+                yield real
+        finally:
+            os.dup2(saved, 1)
+            os.close(saved)
+    finally:
+        sys.stdout = stdout
+
+
+def _is_descriptor_one(stream: TextIO) -> bool:
+    try:
+        return stream.fileno() == 1
+    except (OSError, ValueError, AttributeError):
+        return False

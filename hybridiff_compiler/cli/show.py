@@ -1,0 +1,67 @@
+"""`hybridiff show`: a profile, plan or benchmark result as text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["command"]
+
+
+def command(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A profile, a plan, or the JSON of a demo.")],
+    json_mode: Annotated[bool, typer.Option("--json", help="Print the validated document as one JSON object.")] = False,
+) -> None:
+    """Print FILE as tables, text plots, pattern tables and a timeline."""
+    from .output import opened
+
+    with opened(json_mode) as out:
+        human, machine = _read(file)
+        out.result(*human, machine=lambda: machine)
+
+
+def _read(file: Path) -> tuple[list[Any], Any]:
+    """What to print for people, and for machines.
+
+    Raises:
+        InputError: the file is missing, damaged, or none of the known kinds.
+    """
+    from ..ir import InputError, Plan, Profile
+    from ..report import Results, describe_plan, describe_profile, results_table
+
+    payload = _payload(file)
+    kind = payload.get("kind")
+    if kind == "profile":
+        profile = Profile.load(file)
+        return describe_profile(profile), profile.model_dump(mode="json")
+    if kind == "plan":
+        plan = Plan.load(file)
+        return describe_plan(plan), plan.model_dump(mode="json")
+    if "schema" in payload and "models" in payload:
+        results = Results.parse(payload, source=str(file))
+        tables = [results_table(f"{name} on {results.device}", rows) for name, rows in results.models.items()]
+        return list(tables), results.to_json()
+    raise InputError(f"{file}: is no profile, plan or demo result; give a JSON file that hybridiff wrote")
+
+
+def _payload(file: Path) -> dict[str, Any]:
+    import json
+
+    from ..ir import InputError
+
+    try:
+        payload = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file; give a profile, a plan, or the JSON of a demo") from None
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{file}: not valid JSON at line {error.lineno} column {error.colno} ({error.msg}); it is truncated or "
+            "damaged, make it again"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read: {error}") from None
+    if not isinstance(payload, dict):
+        raise InputError(f"{file}: is no profile, plan or demo result; give a JSON file that hybridiff wrote")
+    return payload

@@ -1,0 +1,80 @@
+"""The JSON of every benchmark: rows per model, in one shape that later tables keep."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, ValidationError
+
+from ..ir import Data, InputError, write_text_atomically
+
+__all__ = ["ModelResults", "Results", "Row"]
+
+
+class Row(Data):
+    """One way to generate images with one model; null where a column does not apply."""
+
+    name: str
+    ranks: int = Field(ge=1)
+    steps: int = Field(ge=1)
+    """Denoising steps of a generation."""
+    patterns: dict[str, int]
+    """How many of them run which pattern."""
+    latency_s: float | None = None
+    """Median time of the denoising loop of one image."""
+    speedup: float | None = None
+    """Measured, over one rank running the unmodified pipeline."""
+    ideal_speedup: float | None = None
+    """Measured stage times alone: no communication, no overhead."""
+    predicted_speedup: float | None = None
+    psnr_db: float | None = None
+    """Mean over prompts, against the exact one-rank image of the same seed; null for exact rows."""
+    psnr_db_min: float | None = None
+    """The worst prompt's."""
+    predicted_psnr_db: float | None = None
+    max_abs_diff: float | None = None
+    """Largest difference of a pixel (values in [0, 1]) from the exact one-rank image, over prompts."""
+
+
+class ModelResults(Data):
+    """All rows of one model."""
+
+    rows: tuple[Row, ...]
+
+    def row(self, name: str) -> Row:
+        """The row called `name`."""
+        return next(row for row in self.rows if row.name == name)
+
+
+class Results(Data):
+    """One benchmark run: `{"schema": 1, "device": ..., "models": {"unet": {"rows": [...]}}}`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    device: str
+    models: dict[str, ModelResults]
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the JSON, atomically."""
+        return write_text_atomically(path, self.model_dump_json(indent=1, by_alias=True) + "\n")
+
+    @classmethod
+    def parse(cls, payload: Any, *, source: str) -> Results:
+        """Validate a JSON object that `to_json` made.
+
+        Raises:
+            InputError: it does not have the shape; the message names the first problem.
+        """
+        try:
+            return cls.model_validate(payload)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "document"
+            raise InputError(f"{source}: not a valid benchmark result: {where}: {first['msg']}") from None

@@ -1,0 +1,57 @@
+"""Benchmark rows as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.table import Table
+
+from .results import ModelResults, Row
+from .strip import letters
+from .style import plain_table
+
+__all__ = ["results_table"]
+
+
+def results_table(
+    title: str, results: ModelResults, *, schedules: Mapping[str, str] | None = None,
+    alphabet: Mapping[str, str] | None = None,
+) -> Table:
+    """One line per row.
+
+    Args:
+        title: above the table.
+        results: the rows.
+        schedules: row name -> strip; the column is left out when None.
+        alphabet: pattern name -> letter, as used in the strips.
+    """
+    alphabet = alphabet or letters(name for row in results.rows for name in row.patterns)
+    table = plain_table(title, "row", fold=False)
+    if schedules is not None:
+        table.add_column("schedule (one letter per step)", overflow="fold", max_width=50)
+    table.add_column("steps", justify="right")
+    table.add_column("per pattern", overflow="fold")
+    for heading in ("latency s", "speed-up", "ideal", "predicted", "PSNR dB", "worst", "predicted", "max diff"):
+        table.add_column(heading, justify="right", overflow="fold")
+    for row in results.rows:
+        schedule = [] if schedules is None else [schedules.get(row.name, "")]
+        table.add_row(row.name, *schedule, str(row.steps), _patterns(row, alphabet), *_numbers(row))
+    return table
+
+
+def _patterns(row: Row, alphabet: Mapping[str, str]) -> str:
+    return " ".join(f"{alphabet[name]} {count}" for name, count in row.patterns.items())
+
+
+def _numbers(row: Row) -> list[str]:
+    return [
+        _number(row.latency_s, "{:.3f}"), _number(row.speedup, "{:.2f}x"), _number(row.ideal_speedup, "{:.2f}x"),
+        _number(row.predicted_speedup, "{:.2f}x"), _number(row.psnr_db, "{:.1f}"), _number(row.psnr_db_min, "{:.1f}"),
+        _number(row.predicted_psnr_db, "{:.1f}"), _number(row.max_abs_diff, "{:.1e}"),
+    ]
+
+
+def _number(value: float | None, form: str) -> str:
+    if value is None:
+        return "-"
+    return "0" if value == 0 else form.format(value)
