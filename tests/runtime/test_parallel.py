@@ -14,7 +14,7 @@ from hybridiff_compiler.ir import PlanMismatchError, UsageError
 from hybridiff_compiler.runtime.parallelize import ParallelPipeline, parallelize
 from hybridiff_compiler.runtime.transport import Channel
 
-from .tiny import FOUR_RANKS, TWO_RANKS, TinyPipeline, adaptive, tiny_plan
+from .tiny import FOUR_RANKS, ONE_RANK, TWO_RANKS, TinyPipeline, adaptive, tiny_plan
 
 Simulate = Callable[..., torch.Tensor]
 
@@ -127,8 +127,7 @@ def test_more_missed_steps_than_one_order_holds(
 
 def test_one_rank_needs_no_worker(simulate: Simulate) -> None:
     pipe = TinyPipeline()
-    tables = (("single", "u0@0 c0@0 | cfg", "whole"), ("reuse", "- | last", "whole"))
-    plan = tiny_plan(pipe, "single reuse single", ranks=1, tables=tables, exact="single")
+    plan = tiny_plan(pipe, "single reuse single", ranks=1, tables=ONE_RANK, exact="single")
     with parallelize(pipe, plan) as parallel:
         assert parallel.worker_pids == ()
         assert torch.equal(pipe(1), simulate(plan, 1))
@@ -191,7 +190,7 @@ def test_inference_mode_and_back(pipe2: TinyPipeline, two_ranks: ParallelPipelin
 
 def test_changed_weights_are_noticed() -> None:
     pipe = TinyPipeline()
-    with parallelize(pipe, tiny_plan(pipe), threads=1):
+    with parallelize(pipe, tiny_plan(pipe, "single", ranks=1, tables=ONE_RANK, exact="single"), threads=1):
         with torch.no_grad():
             pipe.denoiser.head.weight.mul_(2)
         with pytest.warns(UserWarning, match="weights or modules changed"):

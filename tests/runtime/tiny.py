@@ -165,6 +165,7 @@ TWO_RANKS = (
     ("fresh-linear", "c0@1(c1~) c1@0 | delta", "linear"),
     ("back-linear", "c1@1(c0~) u1@0(u0~) | cfg", "linear"),
 )
+ONE_RANK = (("single", "u0@0 c0@0 | cfg", "whole"), ("reuse", "- | last", "whole"))
 FOUR_RANKS = (
     ("branch", "u0@0 c0@1 | cfg", "whole"),
     ("far", "u0@2 c0@3 | cfg", "whole"),
