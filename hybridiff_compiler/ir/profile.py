@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from typing import Literal, Self
 
@@ -139,9 +140,20 @@ class Compounding(Data):
     intercept: float = 0.0
     slope: float = Field(default=1.0, gt=0)
     residual_db: float = Field(default=0.0, ge=0)
-    """Root mean square of the fit's residuals; the planner keeps this much in reserve."""
+    """Root mean square of the fit's residuals."""
+    prompt_std_db: float = Field(default=0.0, ge=0)
+    """Standard deviation of the PSNR over prompts, mean over the measured schedules."""
+    prompts: int = Field(default=0, ge=0)
+    """Number of prompts that each schedule was measured on."""
     schedules: int = Field(default=0, ge=0)
     """Number of schedules measured for the fit."""
+
+    @property
+    def reserve_db(self) -> float:
+        """What the planner keeps in reserve for the mean over other prompts: one standard error of the prediction,
+        from the fit's residuals and from the finite number of prompts that it was made on."""
+        sampling = self.prompt_std_db / math.sqrt(self.prompts) if self.prompts else 0.0
+        return math.hypot(self.residual_db, sampling)
 
 
 class Profile(Document):

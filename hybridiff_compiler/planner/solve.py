@@ -69,7 +69,7 @@ def plan(
     Args:
         profile: measurements of one denoiser.
         gpus: ranks, 1 or 2.
-        min_psnr: lowest mean PSNR in dB, fastest schedule wins; `Compounding.residual_db` is kept in reserve.
+        min_psnr: lowest mean PSNR in dB, fastest schedule wins; `Compounding.reserve_db` is kept in reserve.
         speedup: predicted speed-up over one rank to reach, least error wins.
         policy: `exact` (every step exact) or `paper` (the published adaptive rule). Exactly one target is given.
         without: families of patterns not to use, e.g. `reuse`.
@@ -90,7 +90,7 @@ def plan(
         return plan_for_steps(problem, (problem.exact.name,) * profile.num_steps, ranks, target)
     solved = solve_problem(problem)
     if min_psnr is not None:
-        point = _fastest_at(problem, solved, min_psnr + profile.compounding.residual_db)
+        point = _fastest_at(problem, solved, min_psnr + profile.compounding.reserve_db)
     else:
         assert speedup is not None, "one target is given"
         point = _best_within(problem, solved, speedup)

@@ -28,7 +28,7 @@ from ..ir import (
     RankSpec,
     UsageError,
 )
-from ..quality import mean_psnr
+from ..quality import MAX_PSNR_DB, psnr
 from ..runtime.intercept import find_denoiser
 from ..runtime.segments import SegmentRunner, scale_signature
 from ..runtime.simulator import Simulator
@@ -184,7 +184,7 @@ class ProfileSession:
                 decode(self._generation.latents(prompts, simulator, first)) for first, prompts in self._chunks()
             ])
             raw.append(-20 * math.log10(error))
-            measured.append(mean_psnr(images, reference))
+            measured.append([min(value, MAX_PSNR_DB) for value in psnr(images, reference)])
         self._progress("whole schedules", len(proposals), len(proposals))
         return fit_compounding(raw, measured)
 

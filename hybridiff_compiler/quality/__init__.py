@@ -1,5 +1,5 @@
 """Image metrics and the comparison of plans against the exact run."""
 
-from .metrics import mean_psnr, psnr, ssim
+from .metrics import MAX_PSNR_DB, mean_psnr, psnr, ssim
 
-__all__ = ["mean_psnr", "psnr", "ssim"]
+__all__ = ["MAX_PSNR_DB", "mean_psnr", "psnr", "ssim"]

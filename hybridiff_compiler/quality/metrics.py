@@ -7,7 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["mean_psnr", "psnr", "ssim"]
+__all__ = ["MAX_PSNR_DB", "mean_psnr", "psnr", "ssim"]
+
+MAX_PSNR_DB = 100.0
+"""Cap on an image's PSNR in a mean, so that one image that happens to be equal does not decide it."""
 
 
 def psnr(images: Tensor, reference: Tensor) -> list[float]:
@@ -20,9 +23,9 @@ def psnr(images: Tensor, reference: Tensor) -> list[float]:
     return [math.inf if value == 0 else -10 * math.log10(value) for value in mse.tolist()]
 
 
-def mean_psnr(images: Tensor, reference: Tensor, *, ceiling: float = 100.0) -> float:
-    """Mean over images of the PSNR in dB, each capped at `ceiling` so that one equal image does not decide it."""
-    values = [min(value, ceiling) for value in psnr(images, reference)]
+def mean_psnr(images: Tensor, reference: Tensor) -> float:
+    """Mean over images of the PSNR in dB, each capped at `MAX_PSNR_DB`."""
+    values = [min(value, MAX_PSNR_DB) for value in psnr(images, reference)]
     return sum(values) / len(values)
 
 
