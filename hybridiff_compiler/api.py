@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .ir import Profile, UsageError
+from .ir import LayerGraph, Partition, Pattern, Profile, UsageError
 
 __all__ = ["profile"]
 
@@ -62,7 +62,7 @@ def profile(
         on_progress=on_progress,
     )
 
-    def tables(graph, costs):  # type: ignore[no-untyped-def]
+    def tables(graph: LayerGraph, costs: Sequence[float]) -> tuple[tuple[Partition, ...], tuple[Pattern, ...]]:
         partitions = candidate_partitions(graph, costs)
         return partitions, generate_patterns(partitions, 2)
 
