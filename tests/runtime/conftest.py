@@ -24,26 +24,26 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pipe2() -> TinyPipeline:
     """The pipeline that `two_ranks` runs."""
     return TinyPipeline()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def two_ranks(pipe2: TinyPipeline) -> Iterator[ParallelPipeline]:
     """Two ranks that know all the two-rank tables; tests choose schedules with `use` and leave it usable."""
     with parallelize(pipe2, tiny_plan(pipe2), threads=1) as parallel:
         yield parallel
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pipe4() -> TinyPipeline:
     """The pipeline that `four_ranks` runs."""
     return TinyPipeline()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def four_ranks(pipe4: TinyPipeline) -> Iterator[ParallelPipeline]:
     """Four ranks that know all the four-rank tables."""
     with parallelize(pipe4, tiny_plan(pipe4, ranks=4, tables=FOUR_RANKS), threads=1) as parallel:

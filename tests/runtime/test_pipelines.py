@@ -23,7 +23,7 @@ TABLES = (
     ("branch-reuse", "u1@0(u0~) c1@1(c0~) | cfg", "nested"),
     ("pipe", "u0@0(u1~) c0@0(c1~) u1@1(u0~) c1@1(c0~) | cfg", "linear"),
 )
-STEPS = ("branch", "paper", "cond-pipe", "reuse", "branch-reuse", "pipe", "branch")
+STEPS = ("branch", "paper", "cond-pipe", "reuse", "branch-reuse", "pipe", "branch", "branch")
 
 
 def generate(name: str, pipe: Any, prompt: str, steps: int = len(STEPS), **kwargs: Any) -> torch.Tensor:
