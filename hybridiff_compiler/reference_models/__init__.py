@@ -47,9 +47,10 @@ def load(name: str, torch_dtype: torch.dtype | None = None) -> Any:
     import torch
     from diffusers import DiffusionPipeline
 
+    # float32 is what the folders load in by themselves
+    other = {} if torch_dtype in (None, torch.float32) else {"torch_dtype": torch_dtype}
     with _silent_loading():
-        pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
-    pipeline.to(torch_dtype or torch.float32)
+        pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False, **other)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

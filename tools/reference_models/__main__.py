@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("model", choices=MODELS)
     export.add_argument("--out", type=Path, default=BUNDLED)
     export.add_argument("--untrained", action="store_true", help="random weights, for trying out the folders")
+    export.add_argument("--verdict", default="not judged yet", help="what the model card says of the contact sheet")
     export.set_defaults(run=_export)
 
     sheet = commands.add_parser("sheet", help="contact sheet of an exported model")
@@ -79,7 +80,8 @@ def _train(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from .export import export
 
-    print(export(arguments.model, None if arguments.untrained else arguments.work, arguments.work, arguments.out))
+    weights = None if arguments.untrained else arguments.work
+    print(export(arguments.model, weights, arguments.work, arguments.out, arguments.verdict))
 
 
 def _sheet(arguments: argparse.Namespace) -> None:

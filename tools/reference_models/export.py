@@ -14,6 +14,7 @@ from diffusers import (
 )
 from safetensors.torch import load_file
 
+from .card import write_card
 from .models import build_mmdit, build_text_encoder, build_unet, build_vae
 from .placeholder import wordless_tokenizer, zero_text_encoder
 from .tokenizer import load_tokenizer
@@ -51,7 +52,7 @@ def export_weights(name: str, modules: dict[str, torch.nn.Module], out: Path) ->
     return out
 
 
-def export(name: str, weights: Path | None, data: Path, out: Path) -> Path:
+def export(name: str, weights: Path | None, data: Path, out: Path, verdict: str = "not judged yet") -> Path:
     """Write the pipeline folder `out/NAME`; without `weights` the networks keep their random start."""
     pipeline = _pipeline(name, weights, data)
     target = out / name
@@ -71,9 +72,10 @@ def export(name: str, weights: Path | None, data: Path, out: Path) -> Path:
         file.chmod(0o644)
         if file.stat().st_size >= LARGEST_FILE:
             raise ValueError(f"{file} has {file.stat().st_size} bytes, the limit is {LARGEST_FILE}: shrink the model")
-    for kept in ("README.md", "sheet.png"):
-        if (target / kept).exists():
-            shutil.copy2(target / kept, partial / kept)
+    if weights is not None:
+        write_card(name, weights, partial, verdict)
+    if (target / "sheet.png").exists():
+        shutil.copy2(target / "sheet.png", partial)
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
     return target
