@@ -12,7 +12,8 @@ __all__ = ["app"]
 
 app = typer.Typer(
     name="hybridiff",
-    no_args_is_help=True,
+    no_args_is_help=False,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -20,6 +21,7 @@ app = typer.Typer(
 
 @app.callback()
 def about(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")] = False,
 ) -> None:
     """Plan and run diffusion inference on several GPUs: profile a pipeline, solve for a schedule, run it."""
@@ -27,7 +29,8 @@ def about(
         from importlib.metadata import version as version_of
 
         typer.echo(f"hybridiff {version_of('hybridiff-compiler')}")
-        raise typer.Exit
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 for module in (demo, profile, plan, run, verify, show):

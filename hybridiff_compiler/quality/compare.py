@@ -159,17 +159,16 @@ class _Work:
         full = plan.num_steps == self._generation.num_inference_steps
         quality: dict[str, float] = {}
         if plan.is_exact and full:
-            images, executed = torch.cat([run.sample.images for run in runs]), [run.steps for run in runs]
-            quality["max_abs_diff"] = max_abs_diff(images, torch.cat(self._exact))
+            images, executed = self._taken(runs)
+            quality["max_abs_diff"] = max_abs_diff(images, torch.cat(self._exact[: len(images)]))
         else:
-            if _is_adaptive(plan):
-                images = torch.cat([run.sample.images for run in runs])
-                executed = [run.steps for run in runs]
-            else:
-                images, executed = self._simulated(plan, self._prompts, self._batch, tables, runners)
+            images, executed = (
+                self._taken(runs) if _is_adaptive(plan)
+                else self._simulated(plan, self._prompts, self._batch, tables, runners)
+            )
             decibels = psnr(images, single.images)
             quality = {
-                "psnr_db": mean_psnr(images, single.images, ceiling=_CEILING_DB),
+                "psnr_db": mean_psnr(images, single.images),
                 "psnr_db_min": min(*decibels, _CEILING_DB), "max_abs_diff": max_abs_diff(images, single.images),
             }
         return Measured(
@@ -180,6 +179,11 @@ class _Work:
             ),
             images, tuple(executed),
         )
+
+    def _taken(self, runs: Sequence[_Run]) -> tuple[Tensor, list[tuple[str, ...]]]:
+        """Images and steps of the ranks, each prompt once."""
+        once = runs[: len(self._prompts)]
+        return torch.cat([run.sample.images for run in once]), [run.steps for run in once]
 
     def _alone(self, generation: Generation, index: int) -> Sample:
         k = index % len(self._prompts)

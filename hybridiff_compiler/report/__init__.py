@@ -11,6 +11,6 @@ from .timeline import TIMELINE_LEGEND, timeline
 
 __all__ = [
     "TIMELINE_LEGEND", "ModelResults", "Results", "Row", "count_patterns", "describe_plan", "describe_profile",
-    "image_grid", "legend", "letters", "plain_table", "plan_summary", "representative_steps", "results_table", "strip", "text_plot",
-    "timeline", "to_image",
+    "image_grid", "legend", "letters", "plain_table", "plan_summary", "representative_steps", "results_table", "strip",
+    "text_plot", "timeline", "to_image",
 ]

@@ -14,6 +14,8 @@ def plain_table(title: str, *headings: str, left: int = 1, fold: bool = True) ->
         title=title, title_justify="left", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
     )
     for index, heading in enumerate(headings):
-        justify = "left" if index < left else "right"
-        table.add_column(heading, justify=justify, overflow="fold" if fold else "ellipsis", no_wrap=not fold)
+        table.add_column(
+            heading, justify="left" if index < left else "right", overflow="fold" if fold else "ellipsis",
+            no_wrap=not fold,
+        )
     return table

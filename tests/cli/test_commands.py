@@ -1,0 +1,93 @@
+"""The commands doing their work, people's and machines' output."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from hybridiff_compiler.cli import shipped
+from hybridiff_compiler.cli.prompts import choose_prompts
+from hybridiff_compiler.ir import InputError, Plan, Profile
+from hybridiff_compiler.quality.verify import Verification
+
+
+def test_plan_writes_what_json_prints(hybridiff, files, tmp_path):
+    output = tmp_path / "plan.json"
+    ran = hybridiff("plan", files / "profile.json", "--speedup", "2.5", "--without", "reuse", "-o", output, "--json")
+    assert ran.code == 0
+    printed = Plan.parse(ran.out)
+    assert printed == Plan.load(output)
+    assert "reuse" not in {pattern.name for pattern in printed.patterns}
+
+
+def test_plan_for_people(hybridiff, files):
+    ran = hybridiff("plan", files / "profile.json", "--policy", "paper")
+    assert ran.code == 0
+    assert "adaptive branch -> paper" in ran.out
+    assert "rank 1 │" in ran.out
+
+
+def test_frontier(hybridiff, files):
+    points = json.loads(hybridiff("plan", files / "profile.json", "--pareto", "--json").out)["frontier"]
+    speedups = [point["speedup"] for point in points]
+    assert speedups == sorted(speedups, reverse=True)
+    assert points[-1]["psnr_db"] is None
+    assert "schedules" in hybridiff("plan", files / "profile.json", "--pareto").out
+
+
+@pytest.mark.parametrize(("name", "kind"), [("profile.json", Profile), ("cheap.json", Plan)])
+def test_show(hybridiff, files, name, kind):
+    assert kind.parse(hybridiff("show", files / name, "--json").out) == kind.load(files / name)
+    text = hybridiff("show", files / name).out
+    assert "u0@0 c0@1 | cfg" in text
+
+
+def test_run(hybridiff, files, tmp_path):
+    output = tmp_path / "cat.png"
+    ran = hybridiff("run", files / "cheap.json", "bundled:unet", "--prompt", "a cat", "-o", output, "--json")
+    assert ran.code == 0, ran.err
+    answer = json.loads(ran.out)
+    plan = Plan.load(files / "cheap.json")
+    assert answer["executed"] == list(plan.schedule.steps)
+    assert answer["ranks"] == 2
+    assert Image.open(output).size == (64, 64)
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_verify(hybridiff, files, tmp_path):
+    output = tmp_path / "report.json"
+    ran = hybridiff("verify", files / "exact.json", "bundled:unet", "--limit", "1", "--repeats", "1", "--json", "-o",
+                    output)
+    assert ran.code == 0, ran.err
+    report = Verification.model_validate_json(ran.out)
+    assert report == Verification.model_validate_json(output.read_text())
+    assert (report.split_batch_max_abs_diff, report.simulator_max_abs_diff) == (0, 0)
+
+
+def test_verify_fails_below_the_quality_asked_for(hybridiff, files):
+    ran = hybridiff("verify", files / "cheap.json", "bundled:unet", "--prompt", "a cat", "--simulate", "--repeats",
+                    "1", "--min-psnr", "99")
+    assert ran.code == 1
+    assert ran.err.splitlines()[-1].startswith("error: mean PSNR is ")
+    assert "a cat" in ran.out
+
+
+def test_shipped_profiles_are_found_in_a_checkout_and_in_a_package(tmp_path, monkeypatch):
+    package = tmp_path / "site" / "hybridiff_compiler"
+    monkeypatch.setattr(shipped, "__file__", str(package / "cli" / "shipped.py"))
+    with pytest.raises(InputError, match="no measured profiles"):
+        shipped.shipped_profile("unet")
+    for root in (package.parent, package):
+        folder = root / "profiles" / "cpu"
+        folder.mkdir(parents=True)
+        (folder / "unet.json").write_text("{}")
+        assert shipped.shipped_profile("unet") == folder / "unet.json"
+        with pytest.raises(InputError, match="no measured profile of 'mmdit' on cpu"):
+            shipped.shipped_profile("mmdit")
+
+
+def test_prompts(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a dog\n\n a fox \n")
+    assert choose_prompts(["a cat"], file, default=("x",), limit=2) == ["a cat", "a dog"]
+    assert choose_prompts(None, None, default=("x", "y"), limit=None) == ["x", "y"]

@@ -1,0 +1,62 @@
+"""The commands and their options are a promise: changing them means changing this file."""
+
+import subprocess
+import sys
+
+import typer
+
+from hybridiff_compiler.cli.app import app
+
+SURFACE = {
+    "demo": ["--out", "--reprofile", "--profiles", "--prompts", "--models", "--json"],
+    "profile": [
+        "MODEL", "--output/-o", "--prompt", "--prompts", "--limit", "--steps", "--guidance-scale", "--height",
+        "--width", "--seed", "--threads", "--device", "--dtype", "--quick", "--json",
+    ],
+    "plan": [
+        "PROFILE", "--gpus", "--min-psnr", "--speedup", "--policy", "--without", "--pareto", "--output/-o", "--json",
+    ],
+    "run": [
+        "PLAN", "MODEL", "--prompt", "--output/-o", "--steps", "--guidance-scale", "--height", "--width", "--seed",
+        "--threads", "--json",
+    ],
+    "verify": [
+        "PLAN", "MODEL", "--prompt", "--prompts", "--limit", "--steps", "--guidance-scale", "--height", "--width",
+        "--seed", "--threads", "--repeats", "--simulate", "--min-psnr", "--output/-o", "--json",
+    ],
+    "show": ["FILE", "--json"],
+}
+
+
+def test_commands_and_options():
+    group = typer.main.get_command(app)
+    surface = {
+        name: [
+            "/".join(p.opts) if p.param_type_name == "option" else p.metavar
+            for p in command.params if p.name != "help"
+        ]
+        for name, command in group.commands.items()
+    }
+    assert surface == SURFACE
+
+
+def test_help_loads_nothing_heavy():
+    program = (
+        "import sys; from hybridiff_compiler.cli.entry import run_command; code = run_command(['plan', '--help']); "
+        "heavy = {'torch', 'diffusers', 'transformers', 'matplotlib', 'scipy'} & set(sys.modules); "
+        "sys.exit(f'loaded {heavy}' if heavy else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "--min-psnr" in done.stdout
+
+
+def test_no_command_prints_the_help(hybridiff):
+    ran = hybridiff()
+    assert ran.code == 0
+    assert "Commands" in ran.out
+
+
+def test_version(hybridiff):
+    ran = hybridiff("--version")
+    assert (ran.code, ran.out.split()[0]) == (0, "hybridiff")
