@@ -20,7 +20,9 @@ def profile(
     seed: int = 0,
     threads: int | None = None,
     probes: int = 4,
+    images_per_batch: int = 8,
     quick: bool = False,
+    errors_from: Profile | None = None,
     on_progress: Any = None,
     **options: Any,
 ) -> Profile:
@@ -35,13 +37,16 @@ def profile(
         seed: seeds prompts and probes; equal seeds give equal error curves.
         threads: CPU threads of one rank, used for timing only (None: as torch is set).
         probes: random image directions per prompt for the propagation of errors.
+        images_per_batch: prompts generated together while errors are recorded.
         quick: at most four prompts, two probes and three ages: minutes become seconds, curves become rough.
+        errors_from: a profile of the same generations made on another device; only costs are measured then.
         on_progress: called with (stage, done, total).
         **options: further keyword arguments of the pipeline call (height, width, negative_prompt, ...).
 
     Raises:
         UsageError: no prompts, or a number of steps below 3.
         InputError: the pipeline makes no guided calls, has no decoder, or its scheduler is stochastic.
+        PlanMismatchError: `errors_from` is not for these generations.
     """
     from .planner import candidate_partitions, generate_patterns, proposals
     from .profiler import Generation, ProfileSession
@@ -59,6 +64,7 @@ def profile(
         probes=min(probes, 2) if quick else probes,
         ages=(1, 3, 8) if quick else (1, 2, 3, 5, 8),
         rounds=5 if quick else 15,
+        images_per_batch=images_per_batch,
         on_progress=on_progress,
     )
 
@@ -66,4 +72,4 @@ def profile(
         partitions = candidate_partitions(graph, costs)
         return partitions, generate_patterns(partitions, 2)
 
-    return session.measure(tables, proposals)
+    return session.measure(tables, proposals, errors_from)

@@ -42,6 +42,7 @@ class Provenance(Data):
     """UTC, ISO 8601."""
     device: str
     """Device name as the vendor reports it, or the CPU model."""
+    device_type: Literal["cpu", "cuda"] = "cpu"
     backend: str
     threads: int | None = None
     """CPU threads per rank; null on GPUs."""
@@ -174,6 +175,9 @@ class Profile(Document):
     errors: tuple[PatternErrors, ...] = ()
     compounding: Compounding = Compounding()
     provenance: Provenance
+    """Of the costs, and of the errors unless `errors_provenance` is given."""
+    errors_provenance: Provenance | None = None
+    """Of guidance curves, errors and compounding, when they were taken over from a profile made elsewhere."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 from ..ir import (
@@ -24,6 +22,7 @@ from ..ir import (
     TargetError,
     UsageError,
 )
+from ..ir.versions import installed_versions
 from .patterns import check_gpus
 from .policy import paper_schedule, paper_window
 from .problem import Problem
@@ -149,7 +148,7 @@ def _make_plan(
         patterns=tuple(patterns), exact=problem.exact.name, schedule=schedule, predictions=predictions,
         provenance=PlanProvenance(
             created=datetime.now(UTC).isoformat(timespec="seconds"), profile_sha256=profile.digest(),
-            versions=_versions(),
+            versions=installed_versions("hybridiff-compiler", "numpy"),
         ),
     )
 
@@ -205,17 +204,7 @@ def _check_target(min_psnr: float | None, speedup: float | None, policy: str | N
 
 def _device(profile: Profile, device: str | None) -> Device:
     if device is None:
-        return "cuda" if profile.provenance.threads is None else "cpu"
+        return profile.provenance.device_type
     if device == "cpu" or device == "cuda":
         return "cpu" if device == "cpu" else "cuda"
     raise UsageError(f"got device {device!r}; choose cpu or cuda")
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in ("hybridiff-compiler", "numpy"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions

@@ -6,7 +6,6 @@ import datetime
 import math
 import platform
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,13 @@ from ..ir import (
     Partition,
     Pattern,
     Plan,
+    PlanMismatchError,
     Profile,
     Provenance,
     RankSpec,
     UsageError,
 )
+from ..ir.versions import installed_versions
 from ..quality import MAX_PSNR_DB, psnr
 from ..runtime.intercept import find_denoiser
 from ..runtime.segments import SegmentRunner, scale_signature
@@ -80,13 +81,18 @@ class ProfileSession:
         self._runners: dict[int, SegmentRunner] = {}
         self._final: list[Tensor] = []
 
-    def measure(self, tables: Tables, proposals: Proposals) -> Profile:
+    def measure(self, tables: Tables, proposals: Proposals, known: Profile | None = None) -> Profile:
         """Run the whole session.
 
         Args:
             tables: from the layer graph and layer times, the partitions and patterns to judge (an exact pattern that
                 computes the branches one by one among them).
             proposals: from the profile so far, schedules and their summed errors on which the compounding is fitted.
+            known: a profile of the same generations made elsewhere. Its partitions, patterns and errors are kept
+                (what a table does to an image does not depend on the device) and only costs are measured.
+
+        Raises:
+            PlanMismatchError: `known` is for another denoiser, step count, scheduler or guidance scale.
         """
         for parameter in self._denoiser.parameters():
             parameter.requires_grad_(False)
@@ -104,7 +110,11 @@ class ProfileSession:
                 )[0]
                 for branches in (1, 2)
             }
-            self._partitions, self._patterns = tables(bare.layers, layers[1])
+            if known is None:
+                self._partitions, self._patterns = tables(bare.layers, layers[1])
+            else:
+                self._check_same(known, bare.layers)
+                self._partitions, self._patterns = known.partitions, known.patterns
             self._exact = next(p for p in self._patterns if p.is_exact and p.world_size == 2)
             runner = self._runner(signature, 1)
             stages = measure_segments(
@@ -113,8 +123,30 @@ class ProfileSession:
             )
         costs = Costs(layers=layers, stages=stages, step_overhead_s=first.step_overhead())
         self._signature = signature
+        if known is not None:
+            return known.model_copy(update={
+                "model": self._model(runner.layers), "costs": costs, "provenance": self._provenance(),
+                "errors_provenance": known.errors_provenance or known.provenance,
+            })
         profile = self._with_errors(costs, runner.layers)
         return profile.model_copy(update={"compounding": self._fit(profile, proposals(profile))})
+
+    def _check_same(self, known: Profile, graph: LayerGraph) -> None:
+        pipe, generation = self._generation.pipe, self._generation
+        got = {
+            "layer graph": graph.fingerprint()[:12], "steps": generation.num_inference_steps,
+            "scheduler": type(pipe.scheduler).__name__, "guidance scale": generation.guidance_scale,
+        }
+        theirs = {
+            "layer graph": known.model.fingerprint[:12], "steps": known.num_steps, "scheduler": known.scheduler,
+            "guidance scale": known.guidance_scale,
+        }
+        for what, value in got.items():
+            if theirs[what] != value:
+                raise PlanMismatchError(
+                    f"errors cannot be taken over from this profile: its {what} is {theirs[what]}, this pipeline's "
+                    f"is {value}; measure the errors here"
+                )
 
     def _runner(self, signature: Any, images: int) -> SegmentRunner:
         if images not in self._runners:
@@ -200,9 +232,9 @@ class ProfileSession:
         device = next(self._denoiser.parameters()).device
         return Provenance(
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            device=device_name(device), backend=self._backend,
+            device=device_name(device), device_type="cuda" if device.type == "cuda" else "cpu", backend=self._backend,
             threads=self._threads if device.type == "cpu" else None,
-            versions={name: version(name) for name in ("torch", "diffusers", "hybridiff-compiler")},
+            versions=installed_versions("torch", "diffusers", "hybridiff-compiler"),
             seed=self._generation.seed, prompts=len(self._prompts), prompts_sha256=prompts_digest(self._prompts),
             random_weights=self._random_weights,
         )
