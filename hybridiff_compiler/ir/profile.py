@@ -6,7 +6,7 @@ import math
 from functools import cached_property
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from .data import Data, Document
 from .layers import LayerGraph
@@ -133,21 +133,44 @@ class PatternErrors(Data):
 
 
 class Compounding(Data):
-    """How summed single-step errors turn into the PSNR of a whole schedule, fitted on measured schedules.
+    """How summed single-step errors turn into the PSNR of a whole schedule, as measured on schedules.
 
-    `psnr = intercept + slope * (-20 log10(sum of rmse))`.
+    Errors add up almost coherently, so the PSNR follows `-20 log10(sum of rmse)` (the *raw* value) with an offset that
+    changes slowly: a monotone curve through measured points, straight between them, of slope one beyond them.
     """
 
-    intercept: float = 0.0
-    slope: float = Field(default=1.0, gt=0)
+    knots: tuple[tuple[float, float], ...] = ()
+    """(raw dB, mean PSNR in dB), both strictly increasing; empty: the PSNR is the raw value."""
     residual_db: float = Field(default=0.0, ge=0)
-    """Root mean square of the fit's residuals."""
+    """Root mean square of the distances of the measured schedules from the curve."""
     prompt_std_db: float = Field(default=0.0, ge=0)
     """Standard deviation of the PSNR over prompts, mean over the measured schedules."""
     prompts: int = Field(default=0, ge=0)
     """Number of prompts that each schedule was measured on."""
     schedules: int = Field(default=0, ge=0)
     """Number of schedules measured for the fit."""
+
+    @field_validator("knots")
+    @classmethod
+    def _increasing(cls, knots: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+        if any(b[0] <= a[0] or b[1] <= a[1] for a, b in zip(knots, knots[1:])):
+            raise ValueError(f"knots must increase in both coordinates, got {knots}")
+        return knots
+
+    def psnr_db(self, error: float) -> float:
+        """Predicted mean PSNR of a schedule whose step errors sum to `error`; infinite for 0."""
+        if error <= 0:
+            return math.inf
+        raw = -20 * math.log10(error)
+        if not self.knots:
+            return raw
+        (first, first_db), (last, last_db) = self.knots[0], self.knots[-1]
+        if raw <= first:
+            return first_db + (raw - first)
+        for (left, left_db), (right, right_db) in zip(self.knots, self.knots[1:]):
+            if raw <= right:
+                return left_db + (raw - left) * (right_db - left_db) / (right - left)
+        return last_db + (raw - last)
 
     @property
     def reserve_db(self) -> float:

@@ -66,10 +66,7 @@ class Problem:
 
     def psnr_db(self, error: float) -> float:
         """Predicted mean PSNR of a schedule whose step errors sum to `error`; infinite for exact ones."""
-        if error <= 0:
-            return math.inf
-        law = self.profile.compounding
-        return law.intercept - law.slope * 20 * math.log10(error)
+        return self.profile.compounding.psnr_db(error)
 
     def latency_s(self, steps: Sequence[str]) -> float:
         """Predicted denoising loop of a schedule."""

@@ -1,36 +1,50 @@
-"""How the errors of single steps compound: a line through measured schedules."""
+"""How the errors of single steps compound: a monotone curve through measured schedules."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.optimize import isotonic_regression
 
 from ..ir import Compounding
 
 __all__ = ["fit_compounding"]
 
+_WIDTH_DB = 2.5
+"""Schedules whose raw values are closer than this share a knot."""
+
 
 def fit_compounding(raw: Sequence[float], measured: Sequence[Sequence[float]]) -> Compounding:
-    """Least-squares line from summed-error dB to the measured mean PSNR.
+    """The curve from `-20 log10(summed error)` to the measured mean PSNR.
+
+    Neighbouring schedules are averaged into knots, and isotonic regression takes out what noise makes decrease.
 
     Args:
-        raw: `-20 log10(summed error)` of each schedule.
+        raw: the raw value of each schedule.
         measured: PSNR in dB of each schedule, per prompt.
-
-    With fewer than three schedules, or schedules all alike, the slope stays one.
     """
     if not raw:
         return Compounding()
-    means = np.array([np.mean(row) for row in measured])
-    slope = 1.0
-    if len(raw) >= 3 and np.ptp(raw) >= 1.0:
-        slope = max(float(np.polyfit(raw, means, 1)[0]), 0.1)
-    residuals = means - slope * np.asarray(raw)
+    order = np.argsort(raw)
+    x, y = np.asarray(raw)[order], np.array([np.mean(row) for row in measured])[order]
+    groups: list[list[int]] = [[0]]
+    for index in range(1, len(x)):
+        if x[index] - x[groups[-1][0]] < _WIDTH_DB:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    centres = np.array([x[group].mean() for group in groups])
+    heights = isotonic_regression([y[group].mean() for group in groups], weights=[len(g) for g in groups]).x
+    knots: list[tuple[float, float]] = []
+    for centre, height in zip(centres, heights):
+        if not knots or height > knots[-1][1] + 1e-3:
+            knots.append((round(float(centre), 4), round(float(height), 4)))
+    curve = Compounding(knots=tuple(knots))
+    residuals = y - np.array([curve.psnr_db(10 ** (-value / 20)) for value in x])
     return Compounding(
-        intercept=round(float(residuals.mean()), 4),
-        slope=round(slope, 5),
-        residual_db=round(float(residuals.std()), 4),
+        knots=curve.knots,
+        residual_db=round(float(np.sqrt(np.mean(residuals**2))), 4),
         prompt_std_db=round(float(np.mean([np.std(row) for row in measured])), 4),
         prompts=len(measured[0]),
         schedules=len(raw),

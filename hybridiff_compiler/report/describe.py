@@ -78,8 +78,9 @@ def describe_profile(profile: Profile) -> list[RenderableType]:
         parts.append(_errors_table(profile))
         fit = profile.compounding
         parts.append(Text(
-            f"whole schedules: PSNR = {fit.intercept:.2f} + {fit.slope:.2f} x (-20 log10 of the summed errors), "
-            f"residual {fit.residual_db:.2f} dB over {fit.schedules} schedules"
+            "whole schedules, summed errors -> mean PSNR in dB: "
+            + "  ".join(f"{raw:.1f}->{measured:.1f}" for raw, measured in fit.knots)
+            + f"; residual {fit.residual_db:.2f} dB over {fit.schedules} schedules, {fit.prompts} prompts"
         ))
     return parts
 

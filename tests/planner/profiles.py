@@ -95,7 +95,7 @@ def make_profile(
         "partitions": partitions,
         "patterns": patterns,
         "errors": tuple(errors),
-        "compounding": Compounding(intercept=0.0, slope=1.0, residual_db=0.5, schedules=8),
+        "compounding": Compounding(residual_db=0.5, schedules=8),
         "provenance": Provenance(
             created="2026-01-01T00:00:00+00:00", device="synthetic", backend="none", versions={}, seed=0, prompts=2,
             prompts_sha256="0" * 64,
