@@ -17,6 +17,7 @@ from .orders import MAX_MISSED, Order, OrderOutbox
 from .processes import WorkerPool
 from .schedule_state import ScheduleState
 from .transport import PeerError, Transport
+from .watch import DeviceWatch
 
 __all__ = ["Driver"]
 
@@ -33,6 +34,7 @@ class Driver:
         transport: Transport | None,
         pool: WorkerPool | None,
         close: Callable[[], None],
+        watch: DeviceWatch | None = None,
     ) -> None:
         """
         Args:
@@ -42,12 +44,13 @@ class Driver:
             transport: to the workers; None in a world of one rank.
             pool: the workers, to find out why one failed; None in a world of one rank.
             close: ends the workers and removes the hooks; called when a step cannot be finished.
+            watch: looks after the workers while the host runs ahead of the devices; None on CPUs.
         """
         self.plan = plan
         self.executed: list[str] = []
         """Pattern names of the current generation so far."""
         self._denoiser, self._executor, self._transport, self._pool = denoiser, executor, transport, pool
-        self._close = close
+        self._close, self._watch = close, watch
         self._weights = _weights_key(denoiser)
         self._schedule = ScheduleState(plan.schedule)
         self._estimates = EstimateMemory()
@@ -108,6 +111,11 @@ class Driver:
                 computed = self._run(name, call)
             except BaseException as error:
                 self._fail(error, f"step {call.step} ({name})")
+        if self._watch is not None and call.step == call.num_steps - 1:
+            try:
+                self._watch.drain()  # a worker that failed must not go unnoticed by the last step
+            except BaseException as error:
+                self._fail(error, "the last steps of a generation")
         pair = self._estimates.pair(pattern.combine, computed)
         if covered and pattern.is_exact:
             self._schedule.observe(call.step, pair)
@@ -116,11 +124,18 @@ class Driver:
     def _run(self, name: str, call: GuidedCall) -> dict[Branch, Tensor]:
         following = self._following(call.step, call.num_steps)
         executor = self._executor
+        if self._watch is not None:
+            self._watch.check()
         self._order(name, following, call)
-        expected = executor.expect_estimates(name)
+        early = self._transport is None or self._transport.posts_early
+        expected = executor.expect_estimates(name) if early else []
         computed = executor.run(name, following, call.inputs)
+        if not early:
+            expected = executor.expect_estimates(name)
         for branches, incoming in expected:
             computed.update(zip(branches, incoming.wait()))
+        if self._watch is not None:
+            self._watch.mark()
         return computed
 
     def _order(self, name: str, following: str | None, call: GuidedCall) -> None:

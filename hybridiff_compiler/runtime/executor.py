@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
+from ..backends.cuda_graph import Recorder, recorder_for
 from ..capture import CapturedDenoiser
 from ..ir import Branch, Plan, PlanMismatchError
 from .exchange import Exchange, Flow, Message, Slot
@@ -42,7 +43,7 @@ class RankExecutor:
 
     def __init__(
         self, plan: Plan, denoiser: nn.Module, captured: CapturedDenoiser, *, rank: int, transport: Transport | None,
-        backend: str,
+        backend: str, recorder: Recorder | None = None,
     ) -> None:
         """No graph is built before `prepare` or the first `run`.
 
@@ -53,12 +54,14 @@ class RankExecutor:
             rank: this rank.
             transport: to the other ranks; None in a world of one.
             backend: see `hybridiff_compiler.backends`.
+            recorder: see `SegmentRunner`; default: CUDA graphs on CUDA.
         """
         estimate = captured.graph_module.graph.output_node().all_input_nodes[0].meta["val"]
         self._estimate_spec = tuple(estimate.shape), estimate.dtype
         self.rank = rank
         self.runner = runner = SegmentRunner(
-            denoiser, plan.model.signature, plan.patterns, plan.partitions, backend=backend, captured=captured
+            denoiser, plan.model.signature, plan.patterns, plan.partitions, backend=backend, captured=captured,
+            recorder=recorder or recorder_for(next(denoiser.parameters()).device),
         )
         self._transport = transport
         self._exchange = Exchange(plan.patterns, runner)
@@ -72,10 +75,10 @@ class RankExecutor:
         """The static part of pattern `name`."""
         return self._exchange.flows[name]
 
-    def prepare(self) -> None:
+    def prepare(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Build every graph of this rank now."""
         flows = self._exchange.flows.values()
-        self.runner.prepare(launch.segment for flow in flows for launch in flow.on(self.rank))
+        self.runner.prepare((launch.segment for flow in flows for launch in flow.on(self.rank)), on_progress)
 
     def reset(self) -> None:
         """A generation begins: let transfers under way finish, then forget all values."""

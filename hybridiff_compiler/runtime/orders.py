@@ -3,13 +3,13 @@
 Fixed layout, no pickling: a header of integers, one code per leaf and branch, then the bytes of the leaves that follow.
 Leaves that did not change since the worker last got them do not travel, so a prompt's embeddings cross once per
 generation; a leaf that both branches share crosses once. A branch's leaves go to a rank when that rank first needs the
-branch, whichever pattern that is.
+branch, whichever pattern that is. Leaves on a GPU follow the order as a message of their own.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ MAX_MISSED = 64
 """Steps that one order can tell a worker to catch up with."""
 
 _NONE = -1
-_UNCHANGED, _FOLLOWS, _SAME_AS_OTHER = 0, 1, 2
+_UNCHANGED, _FOLLOWS, _SAME_AS_OTHER, _ON_DEVICE = range(4)
 _HEADER = struct.Struct(f"<5q{MAX_MISSED}h")
 _ALIGNMENT = 64
 
@@ -63,15 +63,16 @@ class _Format:
         self.codes_at = _HEADER.size
         self.payload_at = -(-(_HEADER.size + len(self.leaves)) // _ALIGNMENT) * _ALIGNMENT
         self.nbytes = self.payload_at + Layout(list(self.leaves.values())).nbytes
-        self._layouts: dict[bytes, Layout] = {}
+        self._layouts: dict[tuple[int, bytes], Layout] = {}
         self._views: dict[tuple[int, bytes], tuple[Tensor, ...]] = {}
 
-    def layout(self, codes: bytes) -> Layout:
-        """Layout of the leaves that follow."""
-        if codes not in self._layouts:
-            specs = [spec for spec, code in zip(self.leaves.values(), codes) if code == _FOLLOWS]
-            self._layouts[codes] = Layout(specs)
-        return self._layouts[codes]
+    def layout(self, codes: bytes, wanted: int = _FOLLOWS) -> Layout:
+        """Layout of the leaves with code `wanted`: those that follow in the order, or those on the device."""
+        key = wanted, codes
+        if key not in self._layouts:
+            specs = [spec for spec, code in zip(self.leaves.values(), codes) if code == wanted]
+            self._layouts[key] = Layout(specs)
+        return self._layouts[key]
 
     def views(self, buffer: Tensor, codes: bytes) -> tuple[Tensor, ...]:
         """The leaves that follow, inside `buffer`, which is one of the few that live as long as this object."""
@@ -115,7 +116,7 @@ class OrderOutbox:
         if work is not None:
             self._transport.wait(work, rank, "sending to")
         buffer = self._buffers[rank][self._turn]
-        codes, tensors = self._changed(rank, branches)
+        codes, tensors, on_device = self._changed(rank, branches)
         missed = [*order.missed, *[_NONE] * (MAX_MISSED - len(order.missed))]
         memory = buffer.numpy().data
         pattern, following = (_NONE if p is None else p for p in (order.pattern, order.following))
@@ -127,9 +128,13 @@ class OrderOutbox:
                 view.copy_(tensor)
             used += self._format.layout(codes).nbytes
         self._works[rank][self._turn] = self._transport.send_bytes(rank, Channel.ORDERS, buffer[:used])
+        if on_device:
+            self._transport.send(rank, Channel.INPUTS, self._format.layout(codes, _ON_DEVICE), on_device)
 
-    def _changed(self, rank: int, branches: Collection[Branch]) -> tuple[bytes, list[Tensor]]:
-        has, codes, tensors = self._has[rank], bytearray(), []
+    def _changed(self, rank: int, branches: Collection[Branch]) -> tuple[bytes, list[Tensor], list[Tensor]]:
+        has, codes = self._has[rank], bytearray()
+        tensors: list[Tensor] = []
+        on_device: list[Tensor] = []
         for leaf in self._format.leaves:
             branch, path = leaf
             if branch not in branches or has[leaf] == self._version[leaf]:
@@ -139,10 +144,11 @@ class OrderOutbox:
             if branch != other[0] and has[other] == self._version[other] and self._is_shared(path):
                 codes.append(_SAME_AS_OTHER)
             else:
-                codes.append(_FOLLOWS)
-                tensors.append(self._seen[leaf][1])
+                tensor = self._seen[leaf][1]
+                codes.append(_ON_DEVICE if tensor.is_cuda else _FOLLOWS)
+                (on_device if tensor.is_cuda else tensors).append(tensor)
             has[leaf] = self._version[leaf]
-        return bytes(codes), tensors
+        return bytes(codes), tensors, on_device
 
     def _is_shared(self, path: str) -> bool:
         keys = [self._seen[branch, path][0] for branch in BRANCHES]
@@ -179,10 +185,16 @@ class OrderInbox:
         if not any(codes):
             return
         views = iter(self._format.views(buffer, codes))
+        received: Iterator[Tensor] = iter(())
+        if _ON_DEVICE in codes:
+            layout = self._format.layout(codes, _ON_DEVICE)
+            received = iter(self._transport.receive(0, Channel.INPUTS, layout).wait())
         for (branch, path), code in zip(self._format.leaves, codes):
             if code == _FOLLOWS:
                 # New memory: a value that is kept for later steps may be a view of an input.
                 self.inputs[branch][path] = next(views).clone()
+            elif code == _ON_DEVICE:
+                self.inputs[branch][path] = next(received).clone()
             elif code == _SAME_AS_OTHER:
                 self.inputs[branch][path] = self.inputs[BRANCHES[0]][path]
 

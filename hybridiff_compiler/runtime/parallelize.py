@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,13 +16,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..ir import InputError, Plan, PlanMismatchError, UsageError
+from .connect import connect
 from .driver import Driver
 from .executor import RankExecutor, capture_for
 from .handover import pack_skeleton, raw_bytes
 from .intercept import find_denoiser, intercept, is_intercepted
+from .nccl import ENVIRONMENT, NcclTransport
 from .processes import JOINED, READY, WorkerPool, open_store
 from .settings import NumericSettings
 from .transport import PeerError, Transport
+from .watch import DeviceWatch
 
 __all__ = ["ParallelPipeline", "parallelize"]
 
@@ -37,7 +40,8 @@ def parallelize(
     devices: Sequence[str | torch.device] | None = None,
     timeout_s: float = 60.0,
     threads: int | None = None,
-    backend: str = "eager",
+    backend: str | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
 ) -> ParallelPipeline:
     """Start the workers of `plan` and route the denoiser calls of `pipe` through it, until closed.
 
@@ -47,18 +51,22 @@ def parallelize(
     Args:
         pipe: a diffusers pipeline whose denoiser is on the first rank's device.
         plan: what to run.
-        devices: one per rank; default: what the plan says.
+        devices: one per rank; default: the CPU, or on GPUs the denoiser's and then the others in order.
         timeout_s: seconds after which a worker that does not answer within a step counts as hung.
         threads: CPU threads per rank, also of this process while the plan is active; default: the processors that
             this process may use, divided by the number of ranks.
-        backend: see `hybridiff_compiler.backends`.
+        backend: see `hybridiff_compiler.backends`; default: eager on CPUs, inductor on GPUs, where the graphs are
+            always replayed as CUDA graphs.
+        on_progress: called with (what, done, total) while graphs are built, which can take minutes.
 
     Raises:
         PlanMismatchError: the plan is for another model, or for other devices.
         UsageError: an argument that can never work.
         WorkerError: a worker could not be started.
     """
-    return ParallelPipeline(pipe, plan, devices=devices, timeout_s=timeout_s, threads=threads, backend=backend)
+    return ParallelPipeline(
+        pipe, plan, devices=devices, timeout_s=timeout_s, threads=threads, backend=backend, on_progress=on_progress
+    )
 
 
 class ParallelPipeline:
@@ -66,7 +74,7 @@ class ParallelPipeline:
 
     def __init__(
         self, pipe: Any, plan: Plan, *, devices: Sequence[str | torch.device] | None, timeout_s: float,
-        threads: int | None, backend: str,
+        threads: int | None, backend: str | None = None, on_progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         if timeout_s <= 0:
             raise UsageError(f"timeout_s must be positive, got {timeout_s}")
@@ -74,7 +82,7 @@ class ParallelPipeline:
         if threads < 1:
             raise UsageError(f"threads must be at least 1, got {threads}")
         _, denoiser = find_denoiser(pipe)
-        _check_fits(plan, denoiser, devices)
+        self._devices = assign_devices(plan, denoiser, devices)
         if is_intercepted(denoiser):
             raise UsageError("this pipeline runs by a plan already; close that first, or give it another plan by use()")
         self.plan = plan
@@ -84,7 +92,8 @@ class ParallelPipeline:
         self._pool: WorkerPool | None = None
         self._transport: Transport | None = None
         try:
-            self._start(pipe, denoiser, timeout_s, threads, backend)
+            default = "eager" if self._devices[0].type == "cpu" else "inductor"
+            self._start(pipe, denoiser, timeout_s, threads, backend or default, on_progress)
         except BaseException:
             self.close()
             raise
@@ -152,7 +161,10 @@ class ParallelPipeline:
     ) -> None:
         self.close()
 
-    def _start(self, pipe: Any, denoiser: nn.Module, timeout_s: float, threads: int, backend: str) -> None:
+    def _start(
+        self, pipe: Any, denoiser: nn.Module, timeout_s: float, threads: int, backend: str,
+        on_progress: Callable[[str, int, int], None] | None,
+    ) -> None:
         settings = NumericSettings.current()
         self._resources.callback(settings.apply)
         torch.set_num_threads(threads)
@@ -162,16 +174,23 @@ class ParallelPipeline:
         else:
             skeleton, tensors = pack_skeleton(denoiser)
             store = open_store()
-            self._pool = WorkerPool(plan.world_size, store, threads=threads)
+            environment = ENVIRONMENT if self._devices[0].type == "cuda" else {}
+            self._pool = WorkerPool(plan.world_size, store, threads=threads, environment=environment)
             self._resources.callback(self._pool.close)
             captured = capture_for(plan, denoiser)  # while the workers import what they need
             self._hand_over(store, skeleton, tensors, timeout_s, backend)
         executor = RankExecutor(plan, denoiser, captured, rank=0, transport=self._transport, backend=backend)
-        executor.prepare()
+        report = on_progress or (lambda what, done, total: None)
+        executor.prepare(lambda done, total: report("building stage graphs", done, total))
         if self._pool is not None:
             self._pool.wait_for(READY, timeout_s=_START_TIMEOUT_S)
+        watch = None
+        if self._pool is not None and isinstance(self._transport, NcclTransport):
+            watch = DeviceWatch(self._pool, self._transport)
+            self._resources.callback(watch.close)
         self._driver = Driver(
-            self.plan, denoiser, executor, transport=self._transport, pool=self._pool, close=self._finalizer
+            self.plan, denoiser, executor, transport=self._transport, pool=self._pool, close=self._finalizer,
+            watch=watch,
         )
         self._resources.enter_context(intercept(pipe, self._driver))
 
@@ -183,14 +202,16 @@ class ParallelPipeline:
         assert pool is not None
         start = {
             "plan": plan.model_dump_json(), "host": "127.0.0.1", "port": store.port, "backend": backend,
-            "settings": NumericSettings.current().to_json(),
+            "settings": NumericSettings.current().to_json(), "devices": [str(device) for device in self._devices],
         }
         for rank in range(1, plan.world_size):
             pool.send_frame(rank, json.dumps(start).encode())
             pool.send_frame(rank, skeleton)
         pool.wait_for(JOINED, timeout_s=_START_TIMEOUT_S)
         try:
-            transport = self._transport = Transport(store, 0, plan.world_size, timeout_s=timeout_s)
+            transport = self._transport = connect(
+                store, 0, plan.world_size, timeout_s=timeout_s, device=self._devices[0]
+            )
             self._resources.callback(transport.close)
             transport.broadcast([raw_bytes(tensor) for tensor in tensors if tensor.numel()])
         except (PeerError, RuntimeError) as error:
@@ -203,8 +224,10 @@ def _threads_per_rank(world_size: int) -> int:
     return max(1, (os.cpu_count() or 1) // world_size)
 
 
-def _check_fits(plan: Plan, denoiser: nn.Module, devices: Sequence[str | torch.device] | None) -> None:
-    """What can be told before any work: model class and devices.
+def assign_devices(
+    plan: Plan, denoiser: nn.Module, devices: Sequence[str | torch.device] | None
+) -> list[torch.device]:
+    """The device of every rank; also checks what can be told before any work.
 
     Raises:
         PlanMismatchError, UsageError, InputError: see `parallelize`.
@@ -216,13 +239,28 @@ def _check_fits(plan: Plan, denoiser: nn.Module, devices: Sequence[str | torch.d
             "profile this model and plan again"
         )
     planned = [spec.device for spec in plan.ranks]
-    given = planned if devices is None else [torch.device(device).type for device in devices]
-    if given != planned:
-        raise PlanMismatchError(f"the plan is for {len(planned)} ranks on {planned}, got devices {given}")
-    if set(planned) != {"cpu"}:
-        raise UsageError(f"ranks on {sorted(set(planned))}: this version runs plans on CPU ranks only")
-    device = next(denoiser.parameters()).device
-    if device.type != planned[0]:
+    kinds = planned if devices is None else [torch.device(device).type for device in devices]
+    if kinds != planned:
+        raise PlanMismatchError(f"the plan is for {len(planned)} ranks on {planned}, got devices {kinds}")
+    if len(set(planned)) > 1:
+        raise UsageError(f"ranks on {sorted(set(planned))}: all ranks of a plan must be on one kind of device")
+    own = next(denoiser.parameters()).device
+    if planned[0] == "cpu":
+        assigned = [torch.device("cpu")] * len(planned)
+    else:
+        count = torch.cuda.device_count()
+        if count < len(planned):
+            raise UsageError(f"the plan is for {len(planned)} GPUs, this machine has {count} that torch can use")
+        first = own.index if own.type == "cuda" and own.index is not None else 0
+        order = [first, *(index for index in range(count) if index != first)]
+        assigned = [torch.device("cuda", index) for index in order[:len(planned)]]
+        if devices is not None:
+            indices = [torch.device(device).index for device in devices]
+            assigned = [d if i is None else torch.device("cuda", i) for d, i in zip(assigned, indices)]
+        if len(set(assigned)) < len(assigned):
+            raise UsageError(f"every rank needs a GPU of its own, got {[str(device) for device in assigned]}")
+    if own.type != planned[0] or (own.type == "cuda" and own != assigned[0]):
         raise InputError(
-            f"the denoiser is on {device}, rank 0 of the plan on {planned[0]}; move it with pipe.to({planned[0]!r})"
+            f"the denoiser is on {own}, rank 0 of the plan on {assigned[0]}; move it with pipe.to({str(assigned[0])!r})"
         )
+    return assigned

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import IO, Any
@@ -83,14 +83,16 @@ class _Worker:
 class WorkerPool:
     """The workers of one plan."""
 
-    def __init__(self, world_size: int, store: dist.TCPStore, *, threads: int) -> None:
-        """Starts ranks 1 to `world_size - 1`, each with `threads` threads."""
+    def __init__(
+        self, world_size: int, store: dist.TCPStore, *, threads: int, environment: Mapping[str, str] | None = None
+    ) -> None:
+        """Starts ranks 1 to `world_size - 1`, each with `threads` threads and the variables of `environment`."""
         self._store = store
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()
         # Linux kills such a child when the *thread* that started it ends: for the main thread that is the process.
         tied = threading.current_thread() is threading.main_thread()
-        environment = os.environ | {
+        variables = os.environ | dict(environment or {}) | {
             "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads),
             "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path),
         }
@@ -100,7 +102,7 @@ class WorkerPool:
                 command = [sys.executable, "-m", "hybridiff_compiler.runtime.worker", f"--rank={rank}"]
                 command += [f"--parent={os.getpid()}"] if tied else []
                 process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=environment,
+                    command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=variables,
                     start_new_session=True, bufsize=0,
                 )
                 self._workers.append(_Worker(rank, process, output))
@@ -112,6 +114,10 @@ class WorkerPool:
     def pids(self) -> tuple[int, ...]:
         """Process ids, from rank 1 on."""
         return tuple(worker.process.pid for worker in self._workers)
+
+    def first_gone(self) -> int | None:
+        """The lowest rank whose process has ended, if any; may be asked from any thread."""
+        return next((worker.rank for worker in self._workers if worker.process.poll() is not None), None)
 
     def send_frame(self, rank: int, data: bytes) -> None:
         """Write one frame to a worker's standard input.

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import compile_stage
-from ..capture import CapturedDenoiser, capture
+from ..backends.cuda_graph import Recorder, Replay
+from ..capture import CapturedDenoiser, StageGraph, capture
 from ..ir import WHOLE, Branch, CallSignature, Partition, Pattern, PlanMismatchError, Read, Segment, lower
 
 __all__ = ["SegmentRunner", "Slot", "ValueRead", "capture_branch", "example_call", "scale_signature"]
@@ -94,6 +95,7 @@ class SegmentRunner:
         batch: int = 1,
         backend: str = "eager",
         captured: CapturedDenoiser | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         """
         Args:
@@ -104,11 +106,15 @@ class SegmentRunner:
             batch: leading size of the leaves of `signature` that carry the images of a branch.
             backend: see `hybridiff_compiler.backends`.
             captured: the graph at `signature`, when the caller has it already.
+            recorder: replay the graphs on static buffers (see `backends.cuda_graph`); default: call them.
 
         Raises:
             PlanMismatchError: a partition does not fit the captured graph.
         """
         self._denoiser, self._signature, self._batch, self._backend = denoiser, signature, batch, backend
+        self._device = next(denoiser.parameters()).device
+        self._recorder = recorder
+        self._kept: dict[Slot, list[Tensor]] = {}
         self._captures = {1: captured or capture_branch(denoiser, signature)}
         self.layers = self._captures[1].layers
         self._partitions = {p.name: p for p in partitions} | {WHOLE: Partition.whole(self.layers)}
@@ -147,10 +153,15 @@ class SegmentRunner:
         value = self._value_specs[name]
         return value.shape, getattr(torch, value.dtype)
 
-    def prepare(self, segments: Iterable[Segment]) -> None:
-        """Build the graphs of `segments` now instead of at their first run."""
-        for segment in segments:
+    def prepare(
+        self, segments: Iterable[Segment], on_progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> None:
+        """Build (and record) the graphs of `segments` now instead of at their first run."""
+        distinct = list({(s.partition, s.stages, len(s.branches)): s for s in segments}.values())
+        for done, segment in enumerate(distinct):
+            on_progress(done, len(distinct))
             self._graph(segment)
+        on_progress(len(distinct), len(distinct))
 
     def run(
         self, segment: Segment, inputs: Mapping[Branch, Mapping[str, Tensor]], values: Mapping[Slot, Tensor]
@@ -180,7 +191,23 @@ class SegmentRunner:
         for name, result in zip(graph.values_out, results, strict=True):
             for branch, part in zip(segment.branches, result.chunk(len(segment.branches))):
                 written[branch, name] = part
+        if self._recorder is not None:  # the next replay overwrites the results
+            estimates = {branch: estimate.clone() for branch, estimate in estimates.items()}
+            written = {slot: self._keep(slot, value) for slot, value in written.items()}
         return estimates, written
+
+    def _keep(self, slot: Slot, value: Tensor) -> Tensor:
+        """A copy of `value` that lasts until the slot is written for the second next time.
+
+        Two buffers in turn are enough: a step writes a slot at most once, and stale reads of that step mean the value
+        before.
+        """
+        if slot not in self._kept:
+            with torch.inference_mode(False):
+                self._kept[slot] = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(2)]
+        pair = self._kept[slot]
+        pair.reverse()
+        return pair[0].copy_(value)
 
     def join_inputs(
         self, inputs: Mapping[Branch, Mapping[str, Tensor]], branches: Sequence[Branch]
@@ -201,9 +228,10 @@ class SegmentRunner:
             names = [name for stage in segment.stages for name in partition.stages[stage]]
             taps = [name for branch, name in self.values_written(segment) if branch == segment.branches[0]]
             stage = self.captured(len(segment.branches)).extract(names, taps)
-            self._graphs[key] = _Graph(
-                compile_stage(stage, self._backend), stage.inputs, stage.values_in, stage.values_out
-            )
+            call = compile_stage(stage, self._backend)
+            if self._recorder is not None:
+                call = Replay(call, _argument_specs(stage), self._device, self._recorder)
+            self._graphs[key] = _Graph(call, stage.inputs, stage.values_in, stage.values_out)
         return self._graphs[key]
 
     def captured(self, branches: int = 1) -> CapturedDenoiser:
@@ -222,3 +250,6 @@ class SegmentRunner:
         return self._captures[branches]
 
 
+def _argument_specs(stage: StageGraph) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    values = [node.meta["val"] for node in stage.module.graph.nodes if node.op == "placeholder"]
+    return [(tuple(value.shape), value.dtype) for value in values]

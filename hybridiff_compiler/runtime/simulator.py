@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..backends.cuda_graph import Recorder, recorder_for
 from ..ir import Branch, CallSignature, Pattern, Plan, PlanMismatchError, lower
 from .estimates import EstimateMemory
 from .intercept import GuidedCall
@@ -57,10 +58,19 @@ class Simulator:
         *,
         backend: str = "eager",
         runners: dict[int, SegmentRunner] | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
-        """`runners`: by images per branch, runners over at least the plan's patterns; missing ones are added."""
+        """
+        Args:
+            plan: the tables.
+            denoiser: the network.
+            backend: see `hybridiff_compiler.backends`.
+            runners: by images per branch, runners over at least the plan's patterns; missing ones are added.
+            recorder: see `SegmentRunner`; default: CUDA graphs on CUDA, as the ranks have them.
+        """
         self.plan = plan
         self._denoiser, self._backend = denoiser, backend
+        self._recorder = recorder or recorder_for(next(denoiser.parameters()).device)
         self._runners = {} if runners is None else runners
         self._runner: SegmentRunner | None = None
         self._state = ScheduleState(plan.schedule)
@@ -101,7 +111,7 @@ class Simulator:
             signature = scale_signature(self.plan.model.signature, 1, factor)
             runner = SegmentRunner(
                 self._denoiser, signature, self.plan.patterns, self.plan.partitions, batch=factor,
-                backend=self._backend,
+                backend=self._backend, recorder=self._recorder,
             )
             if factor == 1 and runner.layers.fingerprint() != self.plan.model.fingerprint:
                 raise PlanMismatchError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from enum import IntEnum
 from typing import Any
@@ -33,6 +33,8 @@ class Channel(IntEnum):
     """Between any two ranks: values of the graph."""
     ESTIMATES = 2
     """To the driver."""
+    INPUTS = 3
+    """From the driver: inputs that are on its device."""
 
 
 class PeerError(Exception):
@@ -66,10 +68,10 @@ class Layout:
             )
 
 
-def allocate(nbytes: int) -> Tensor:
+def allocate(nbytes: int, device: torch.device | None = None) -> Tensor:
     """A buffer of bytes that any later step may write to, also when first used inside `torch.inference_mode`."""
     with torch.inference_mode(False):
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
 class Incoming:
@@ -94,8 +96,8 @@ class _Buffers:
     Two are enough: a message carries newest copies only, so when the third arrives nobody looks at the first any more.
     """
 
-    def __init__(self, layout: Layout) -> None:
-        self.pairs = [(buffer := allocate(layout.nbytes), layout.views(buffer)) for _ in range(2)]
+    def __init__(self, layout: Layout, allocate_bytes: Callable[[int], Tensor]) -> None:
+        self.pairs = [(buffer := allocate_bytes(layout.nbytes), layout.views(buffer)) for _ in range(2)]
         self.works: list[dist.Work | None] = [None, None]
         self._turn = 0
 
@@ -106,6 +108,9 @@ class _Buffers:
 
 class Transport:
     """Messages of one rank over gloo, on CPU tensors."""
+
+    posts_early = True
+    """Whether receives should be started as soon as they are foreseen, rather than when this rank's part is done."""
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, *, timeout_s: float | None) -> None:
         """Connects to all other ranks, which must do the same at the same time.
@@ -143,7 +148,7 @@ class Transport:
         With `keep` they are new memory and stay valid.
         """
         if keep:
-            buffer = allocate(layout.nbytes)
+            buffer = self._allocate(layout.nbytes)
             views = layout.views(buffer)
         else:
             buffers = self._buffers_of(False, peer, channel, layout)
@@ -207,10 +212,13 @@ class Transport:
         group, self._group = self._group, None
         del group
 
+    def _allocate(self, nbytes: int) -> Tensor:
+        return allocate(nbytes)
+
     def _buffers_of(self, sending: bool, peer: int, channel: Channel, layout: Layout) -> _Buffers:
         key = (sending, peer, channel, layout)
         if key not in self._buffers:
-            buffers = self._buffers[key] = _Buffers(layout)
+            buffers = self._buffers[key] = _Buffers(layout, self._allocate)
             if not sending:
                 self._received.update(buffer.untyped_storage().data_ptr() for buffer, _ in buffers.pairs)
         return self._buffers[key]

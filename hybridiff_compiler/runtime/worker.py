@@ -22,12 +22,13 @@ import torch
 import torch.distributed as dist
 
 from ..ir import Plan
+from .connect import connect
 from .executor import RankExecutor, capture_for
 from .handover import raw_bytes, unpack_skeleton
 from .orders import Order, OrderInbox
 from .processes import FAILED, JOINED, READY, read_frame
 from .settings import NumericSettings
-from .transport import PeerError, Transport
+from .transport import PeerError
 
 __all__ = ["main"]
 
@@ -47,9 +48,12 @@ class _Worker:
     def serve(self) -> None:
         """Take the weights, capture, and run orders for ever."""
         plan = Plan.parse(self._start["plan"], source="plan from the driver")
-        denoiser, tensors = unpack_skeleton(self._skeleton, plan.ranks[self._rank].device)
+        device = torch.device(self._start["devices"][self._rank])
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        denoiser, tensors = unpack_skeleton(self._skeleton, device)
         self._store.set(f"{JOINED}/{self._rank}", "")
-        transport = Transport(self._store, self._rank, plan.world_size, timeout_s=None)
+        transport = connect(self._store, self._rank, plan.world_size, timeout_s=None, device=device)
         transport.broadcast([raw_bytes(tensor) for tensor in tensors if tensor.numel()])
         executor = RankExecutor(
             plan, denoiser, capture_for(plan, denoiser), rank=self._rank, transport=transport,

@@ -1,0 +1,105 @@
+"""Replay of a stage graph on static buffers: a CUDA graph, or a plain call that behaves like one.
+
+A CUDA graph reads and writes fixed memory. So a stage is recorded once over input buffers of its own; a call copies the
+arguments into them, replays, and returns the recorded outputs, which the next call overwrites. `record_plainly` gives
+any callable the same manners, so that whoever handles such outputs can be tested without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["CudaRecorder", "Recorder", "Replay", "record_plainly", "recorder_for"]
+
+_WARM_UP_CALLS = 3
+
+
+class Recorder(Protocol):
+    """Makes a callable repeatable on fixed memory."""
+
+    def __call__(
+        self, call: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]
+    ) -> tuple[Callable[[], None], Sequence[Tensor]]:
+        """A function that evaluates `call(*inputs)` anew, and the tensors in which it leaves the results."""
+
+
+class CudaRecorder:
+    """Records CUDA graphs that share one memory pool.
+
+    Sharing is safe because whoever replays them does so one after the other on one stream and copies the outputs away
+    before the next replay.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: Any = None
+
+    def __call__(
+        self, call: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]
+    ) -> tuple[Callable[[], None], Sequence[Tensor]]:
+        """See `Recorder`; compiles and warms up on a side stream first."""
+        with torch.cuda.device(self._device), torch.no_grad():
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            stream = torch.cuda.Stream(self._device)
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UP_CALLS):
+                    call(*inputs)
+            stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: the communication library's own threads query events, which must not break a capture.
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                outputs = call(*inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+        return graph.replay, outputs
+
+
+def record_plainly(
+    call: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]
+) -> tuple[Callable[[], None], Sequence[Tensor]]:
+    """A `Recorder` for any device: evaluates `call` at every replay and overwrites the same outputs."""
+    with torch.inference_mode(False):
+        outputs = [result.clone() for result in call(*inputs)]
+
+    def replay() -> None:
+        for output, result in zip(outputs, call(*inputs), strict=True):
+            output.copy_(result)
+
+    return replay, outputs
+
+
+def recorder_for(device: torch.device) -> Recorder | None:
+    """What stage graphs on `device` are recorded with: CUDA graphs on CUDA, nothing elsewhere."""
+    return CudaRecorder(device) if device.type == "cuda" else None
+
+
+class Replay:
+    """A recorded stage graph with the calling convention of `StageGraph.module`."""
+
+    def __init__(
+        self, call: Callable[..., Sequence[Tensor]], specs: Sequence[tuple[Sequence[int], torch.dtype]],
+        device: torch.device, recorder: Recorder,
+    ) -> None:
+        """
+        Args:
+            call: the executable; it is called a few times with ones as arguments.
+            specs: shape and dtype of every argument.
+            device: where it runs.
+            recorder: how to record it.
+        """
+        with torch.inference_mode(False):
+            self._inputs = [torch.ones(tuple(shape), dtype=dtype, device=device) for shape, dtype in specs]
+        self._call = call  # a graph's kernels read weights that nobody else may be holding on to
+        self._replay, self._outputs = recorder(call, self._inputs)
+
+    def __call__(self, *arguments: Tensor) -> Sequence[Tensor]:
+        """Evaluate on `arguments`, which may live anywhere; the results are valid until the next call."""
+        for buffer, argument in zip(self._inputs, arguments, strict=True):
+            buffer.copy_(argument, non_blocking=True)
+        self._replay()
+        return self._outputs

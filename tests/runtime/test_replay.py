@@ -1,0 +1,85 @@
+"""Static buffers and replay, with a plain call in place of a CUDA graph."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from hybridiff_compiler.backends.cuda_graph import Replay, record_plainly
+from hybridiff_compiler.ir import UsageError
+from hybridiff_compiler.runtime.intercept import intercept
+from hybridiff_compiler.runtime.parallelize import ParallelPipeline, assign_devices
+from hybridiff_compiler.runtime.segments import SegmentRunner
+from hybridiff_compiler.runtime.simulator import Simulator
+from hybridiff_compiler.runtime.transport import Transport
+
+from .tiny import FOUR_RANKS, TWO_RANKS, TinyPipeline, tiny_plan
+
+Simulate = Callable[..., torch.Tensor]
+
+
+def test_replay_copies_arguments_in_and_overwrites_its_results() -> None:
+    replay = Replay(lambda a, b: (a + b, a), [((2,), torch.float32)] * 2, torch.device("cpu"), record_plainly)
+    first, same = replay(torch.ones(2), torch.ones(2))
+    assert first.tolist() == [2, 2]
+    again, _ = replay(torch.full((2,), 5.0, dtype=torch.float64), torch.ones(2))
+    assert again is first
+    assert first.tolist() == [6, 6]
+    assert same.tolist() == [5, 5]
+
+
+@pytest.mark.parametrize(("tables", "ranks"), [(TWO_RANKS, 2), (FOUR_RANKS, 4)])
+def test_replayed_graphs_compute_the_same(tables: tuple, ranks: int, simulate: Simulate) -> None:
+    pipe = TinyPipeline()
+    plan = tiny_plan(pipe, ranks=ranks, tables=tables)
+    rng, runners = random.Random(5), {}  # type: ignore[var-annotated]
+    for name in [name for name, _, _ in tables]:
+        steps = ("branch", name, name, *rng.choices([n for n, _, _ in tables], k=3), name, "branch")
+        chosen = plan.with_steps(steps)
+        simulator = Simulator(chosen, pipe.denoiser, runners=runners, recorder=record_plainly)
+        with intercept(pipe, simulator):
+            assert torch.equal(pipe(2), simulate(chosen, 2)), steps
+    assert isinstance(runners[1], SegmentRunner)
+
+
+def test_estimates_survive_the_next_step() -> None:
+    pipe = TinyPipeline()
+    plan = tiny_plan(pipe)
+    simulator = Simulator(plan, pipe.denoiser, recorder=record_plainly)
+    seen: list[torch.Tensor] = []
+    step = simulator.step
+
+    def recorded(call):  # type: ignore[no-untyped-def]
+        pair = step(call)
+        seen.extend(pair.values())
+        copies.extend(estimate.clone() for estimate in pair.values())
+        return pair
+
+    copies: list[torch.Tensor] = []
+    simulator.step = recorded  # type: ignore[method-assign]
+    with intercept(pipe, simulator):
+        pipe(1)
+    assert len(seen) == 16
+    assert all(torch.equal(estimate, copy) for estimate, copy in zip(seen, copies))
+
+
+@pytest.mark.parametrize("name", [name for name, _, _ in TWO_RANKS])
+def test_estimates_may_be_asked_for_late(
+    name: str, pipe2: TinyPipeline, two_ranks: ParallelPipeline, simulate: Simulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Transport, "posts_early", False)  # as between GPUs
+    plan = two_ranks.plan.with_steps(("branch", name, name, "swapped", name, "reuse", name, "branch"))
+    two_ranks.use(plan)
+    assert torch.equal(pipe2(4), simulate(plan, 4))
+
+
+def test_gpu_plans_need_the_gpus() -> None:
+    pipe = TinyPipeline()
+    plan = tiny_plan(pipe)
+    fields = dict(plan) | {"ranks": tuple(rank.model_copy(update={"device": "cuda"}) for rank in plan.ranks)}
+    if torch.cuda.device_count() < 2:
+        with pytest.raises(UsageError, match="2 GPUs, this machine has"):
+            assign_devices(type(plan)(**fields), pipe.denoiser, None)
