@@ -105,7 +105,7 @@ def _compare(
         pipe=loaded.pipe, num_inference_steps=profile.num_steps, guidance_scale=profile.guidance_scale,
         options=loaded.options,
     )
-    with out.progress() as on_progress:
+    with out.progress(one_bar=True) as on_progress:
         return compare(
             generation, rows, loaded.held_out_prompts[:prompts], threads=_THREADS, repeats=_REPEATS,
             on_progress=lambda stage, done, total: on_progress(f"{loaded.name}: {stage}", done, total),
@@ -135,10 +135,9 @@ def _describe(
     from ..report import legend, letters, results_table, strip
 
     alphabet = letters(pattern for each in comparison.rows for pattern in each.row.patterns)
-    schedules = {each.row.name: strip(each.steps[0], alphabet) for each in comparison.rows}
     title = f"bundled:{name}, {profile.num_steps} steps, {len(comparison.rows[0].images)} prompts, one thread per rank"
-    table = results_table(f"\n{title}", results, schedules=schedules, alphabet=alphabet)
-    lines: list[RenderableType] = [table, Text(legend(alphabet))]
+    lines: list[RenderableType] = [results_table(f"\n{title}", results, alphabet=alphabet), Text(legend(alphabet))]
+    lines += [Text(f"{each.row.name:<22}{strip(each.steps[0], alphabet)}") for each in comparison.rows]
     branch = results.row("branch").max_abs_diff
     lines.append(Text("branch: bit-identical to one process that evaluates the branches one by one; largest difference "
                       f"from the unmodified pipeline, which batches them: {branch:.1e}"))

@@ -47,8 +47,9 @@ class Output:
         self._remarks.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
-    def progress(self) -> Iterator[ProgressCallback]:
-        """A callback that draws one bar per stage on stderr (one line per stage where stderr is no terminal)."""
+    def progress(self, *, one_bar: bool = False) -> Iterator[ProgressCallback]:
+        """A callback that draws a bar per stage on stderr, or one bar that shows the present stage; one line per stage
+        where stderr is no terminal."""
         if not self._remarks.is_terminal:
             yield _plain_progress(self.remark)
             return
@@ -57,9 +58,10 @@ class Output:
             tasks: dict[str, TaskID] = {}
 
             def update(stage: str, done: int, total: int) -> None:
-                if stage not in tasks:
-                    tasks[stage] = bars.add_task(stage, total=total)
-                bars.update(tasks[stage], completed=done, total=total)
+                bar = "" if one_bar else stage
+                if bar not in tasks:
+                    tasks[bar] = bars.add_task(stage, total=total)
+                bars.update(tasks[bar], description=stage, completed=done, total=total)
 
             yield update
 

@@ -20,12 +20,12 @@ from ..profiler.generate import Generation
 from ..profiler.timing import pinned_threads
 from ..report import Row, count_patterns
 from ..runtime.intercept import find_denoiser
+from ..runtime.parallelize import ParallelPipeline, parallelize
 from ..runtime.segments import SegmentRunner, scale_signature
 from .contenders import Contender, all_tables
 from .coverage import check_covered
 from .measure import QualityError, Sample, generate, max_abs_diff, simulate
 from .metrics import mean_psnr, psnr
-from .session import SharedWorkers
 
 __all__ = ["Comparison", "Measured", "compare"]
 
@@ -70,7 +70,7 @@ def compare(
         threads: CPU threads per rank while timing.
         repeats: timed generations per row.
         batch: prompts simulated together.
-        on_progress: called with (row, rows done, rows in all).
+        on_progress: called with (stage, done, total).
 
     Raises:
         QualityError: ranks and simulator disagree.
@@ -78,20 +78,21 @@ def compare(
     """
     check_covered(generation, rows[0].plan, prompts[0])
     work = _Work(generation, list(prompts), threads, repeats, batch)
-    on_progress("single", 0, len(rows) + 1)
+    total = 2 * len(rows) + 2
+    on_progress("single", 0, total)
     single = work.single()
     tables = all_tables([row.plan for row in rows])
-    on_progress(f"starting {tables.world_size} ranks", 0, len(rows) + 1)
+    on_progress(f"starting {tables.world_size} ranks", 1, total)
     taken = []
-    with SharedWorkers(generation.pipe, tables, threads=threads) as workers:
-        for done, row in enumerate(rows, start=1):
-            on_progress(row.name, done, len(rows) + 1)
+    with parallelize(generation.pipe, tables, threads=threads) as workers:
+        for done, row in enumerate(rows, start=2):
+            on_progress(row.name, done, total)
             workers.use(row.plan)
             taken.append(work.on_ranks(row.plan, workers))
     runners: dict[int, SegmentRunner] = {}
     measured = [single]
-    for done, (row, runs) in enumerate(zip(rows, taken), start=1):
-        on_progress(f"{row.name}: simulator, quality", done, len(rows) + 1)
+    for done, (row, runs) in enumerate(zip(rows, taken), start=len(rows) + 2):
+        on_progress(f"{row.name}: simulator, quality", done, total)
         work.check(row, runs, tables, runners)
         measured.append(work.judge(row, runs, single, tables, runners))
     return Comparison(tuple(measured))
@@ -129,7 +130,7 @@ class _Work:
         )
         return Measured(row, images, (("single",) * steps,) * len(self._prompts))
 
-    def on_ranks(self, plan: Plan, workers: SharedWorkers) -> list[_Run]:
+    def on_ranks(self, plan: Plan, workers: ParallelPipeline) -> list[_Run]:
         """Timed generations; an adaptive plan runs every prompt, as each finds its own window."""
         count = max(self._repeats, len(self._prompts)) if _is_adaptive(plan) else self._repeats
         generation = self._generation_of(plan)

@@ -22,7 +22,7 @@ from ..runtime.intercept import find_denoiser, intercept
 from ..runtime.segments import SegmentRunner
 from ..runtime.simulator import Simulator
 
-__all__ = ["QualityError", "Sample", "generate", "max_abs_diff", "simulate", "split_batch_plan"]
+__all__ = ["QualityError", "Sample", "generate", "loop_timed", "max_abs_diff", "simulate", "split_batch_plan"]
 
 
 class QualityError(HybridiffError):
@@ -50,7 +50,7 @@ def generate(generation: Generation, prompts: Sequence[str], *, first: int = 0) 
         first: index of the first prompt.
     """
     generators = [torch.Generator("cpu").manual_seed(generation.seed + first + k) for k in range(len(prompts))]
-    with _loop_timed(generation.pipe) as loop_seconds:
+    with loop_timed(generation.pipe) as loop_seconds:
         begin = time.perf_counter()
         result = generation.pipe(
             prompt=list(prompts), num_inference_steps=generation.num_inference_steps,
@@ -109,7 +109,7 @@ def max_abs_diff(images: Tensor, reference: Tensor) -> float:
 
 
 @contextmanager
-def _loop_timed(pipe: Any) -> Iterator[Callable[[], float]]:
+def loop_timed(pipe: Any) -> Iterator[Callable[[], float]]:
     """Yields a function that tells the seconds of the denoising loop that ran inside the context."""
     _, denoiser = find_denoiser(pipe)
     scheduler, marks = pipe.scheduler, _Marks(next(denoiser.parameters()).device)

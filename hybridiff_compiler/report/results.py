@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from ..ir import Data, InputError, write_text_atomically
 
-__all__ = ["ModelResults", "Results", "Row"]
+__all__ = ["BenchModel", "BenchResults", "BenchRow", "ModelResults", "Results", "Row"]
 
 
 class Row(Data):
@@ -36,6 +36,54 @@ class Row(Data):
     predicted_psnr_db: float | None = None
     max_abs_diff: float | None = None
     """Largest difference of a pixel (values in [0, 1]) from the exact one-rank image, over prompts."""
+
+
+class BenchRow(Row):
+    """A row of `hybridiff bench`: latency in detail."""
+
+    pixels: int = Field(ge=1)
+    """Width and height of the image."""
+    loop_s: float
+    """Median time of the denoising loop, from the first denoiser call to the last scheduler step."""
+    speedup_vs_strong: float | None = None
+    """Over `single-compiled` of the same run."""
+    speedup_vs_eager: float | None = None
+    """Over `single-eager` of the same run."""
+    overhead_fraction: float | None = None
+    """How much longer the loop takes than the device time of rank 0's stage graphs (exact rows on GPUs)."""
+    bytes_per_step: int | None = None
+    """Sent and received by rank 0."""
+    peak_gib: float | None = None
+    """GPU memory that rank 0 had reserved at most, so far in the run."""
+
+
+class BenchModel(Data):
+    """All bench rows of one model."""
+
+    rows: tuple[BenchRow, ...]
+
+
+class BenchResults(Data):
+    """One run of `hybridiff bench`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    device: str
+    gpus: int
+    versions: dict[str, str]
+    seed: int
+    random_weights: bool
+    """Random weights: the latencies are real, the images mean nothing."""
+    models: dict[str, BenchModel]
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the JSON, atomically."""
+        return write_text_atomically(path, self.model_dump_json(indent=1, by_alias=True) + "\n")
 
 
 class ModelResults(Data):

@@ -14,28 +14,17 @@ __all__ = ["results_table"]
 
 
 def results_table(
-    title: str, results: ModelResults, *, schedules: Mapping[str, str] | None = None,
-    alphabet: Mapping[str, str] | None = None,
+    title: str, results: ModelResults, *, alphabet: Mapping[str, str] | None = None
 ) -> Table:
-    """One line per row.
-
-    Args:
-        title: above the table.
-        results: the rows.
-        schedules: row name -> strip; the column is left out when None.
-        alphabet: pattern name -> letter, as used in the strips.
-    """
+    """One line per row; `alphabet` gives the letter of each pattern name (default: `letters`)."""
     alphabet = alphabet or letters(name for row in results.rows for name in row.patterns)
     table = plain_table(title, "row", fold=False)
-    if schedules is not None:
-        table.add_column("schedule (one letter per step)", overflow="fold", max_width=50)
     table.add_column("steps", justify="right")
     table.add_column("per pattern", overflow="fold")
     for heading in ("latency s", "speed-up", "ideal", "predicted", "PSNR dB", "worst", "predicted", "max diff"):
         table.add_column(heading, justify="right", overflow="fold")
     for row in results.rows:
-        schedule = [] if schedules is None else [schedules.get(row.name, "")]
-        table.add_row(row.name, *schedule, str(row.steps), _patterns(row, alphabet), *_numbers(row))
+        table.add_row(row.name, str(row.steps), _patterns(row, alphabet), *_numbers(row))
     return table
 
 

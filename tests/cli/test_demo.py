@@ -25,7 +25,7 @@ def start(files, out, mark):
                "--profiles", str(files / "profiles"), "--prompts", "2", "--out", str(out), "--json"]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env=os.environ | {"HYBRIDIFF_TEST_MARK": mark, "OMP_NUM_THREADS": "2"},
+        env=os.environ | {"HYBRIDIFF_TEST_MARK": mark, "OMP_NUM_THREADS": "1"},
     )
 
 

@@ -74,10 +74,10 @@ def test_a_damaged_result_is_refused(tmp_path):
 
 
 def test_results_table():
-    text = printed(results_table("title", RESULTS.models["unet"], schedules={"planned-35": "BB.B"}))
+    text = printed(results_table("title", RESULTS.models["unet"]))
     line = next(line for line in text.splitlines() if "planned-35" in line)
     assert line.split() == [
-        "planned-35", "BB.B", "4", "B", "3", ".", "1", "0.500", "3.00x", "3.20x", "3.10x", "35.5", "31.0", "36.0",
+        "planned-35", "4", "B", "3", ".", "1", "0.500", "3.00x", "3.20x", "3.10x", "35.5", "31.0", "36.0",
         "2.5e-01",
     ]
     exact = next(line for line in text.splitlines() if line.split()[:1] == ["branch"])

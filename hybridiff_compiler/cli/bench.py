@@ -1,0 +1,78 @@
+"""`hybridiff bench`: how fast this machine runs models, on one GPU and by plans on several."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..report.results import BenchModel, BenchResults
+
+__all__ = ["command"]
+
+
+def command(
+    models: Annotated[list[str], typer.Argument(
+        metavar="MODEL...", help="As for profile; with --random-weights names of architectures: sdxl, sd3.")],
+    random_weights: Annotated[bool, typer.Option(
+        "--random-weights", help="Build the architecture without weights: latency is real, images mean nothing.")] = False,
+    pixels: Annotated[int, typer.Option(min=8, help="Width and height.")] = 1024,
+    steps: Annotated[int, typer.Option(min=2, help="Denoising steps.")] = 50,
+    gpus: Annotated[int, typer.Option(min=1, help="Ranks of the plans.")] = 2,
+    rows: Annotated[list[str] | None, typer.Option("--row", help="Measure only this row; repeat for more.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed generations per row, after one to warm up.")] = 3,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda",
+    backend: Annotated[str | None, typer.Option(help="eager or inductor [default: inductor on cuda].")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per rank.")] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, embeddings and latents.")] = 0,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The results to write (JSON).")] = None,
+    json_mode: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Time the denoising loop of MODELs: as it comes, compiled on one GPU, and by plans on several."""
+    from .calls import check_device
+    from .files import check_writable
+    from .output import opened
+
+    check_device(device)
+    check_writable(output)
+    with opened(json_mode) as out:
+        from ..quality.bench_run import run_bench
+
+        with out.progress() as on_progress:
+            results = run_bench(
+                models, random_weights=random_weights, pixels=pixels, steps=steps, gpus=gpus, rows=rows,
+                repeats=repeats, device=device, backend=backend, threads=threads, seed=seed, on_progress=on_progress,
+            )
+        if output is not None:
+            results.save(output)
+        out.result(*_tables(results), machine=results.to_json)
+
+
+def _tables(results: BenchResults) -> list[Table]:
+    return [_table(name, model, results) for name, model in results.models.items()]
+
+
+def _table(name: str, model: BenchModel, results: BenchResults) -> Table:
+    from ..report import plain_table
+
+    weights = ", random weights: latency only" if results.random_weights else ""
+    table = plain_table(
+        f"{name} on {results.device}{weights}", "row", "pixels", "steps", "loop s", "vs strong", "vs eager",
+        "overhead", "KiB/step", "peak GiB",
+    )
+    for row in model.rows:
+        table.add_row(
+            row.name, str(row.pixels), str(row.steps), f"{row.loop_s:.3f}", _form(row.speedup_vs_strong, "{:.2f}x"),
+            _form(row.speedup_vs_eager, "{:.2f}x"), _form(row.overhead_fraction, "{:.1%}"),
+            _form(None if row.bytes_per_step is None else row.bytes_per_step / 1024, "{:.0f}"),
+            _form(row.peak_gib, "{:.1f}"),
+        )
+    return table
+
+
+def _form(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)

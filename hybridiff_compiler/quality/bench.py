@@ -1,0 +1,231 @@
+"""How fast one machine runs a model: one GPU as it comes, one GPU compiled, and plans on several."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+
+from ..ir import (
+    AdaptiveSchedule,
+    CallSignature,
+    FixedSchedule,
+    LayerGraph,
+    ModelInfo,
+    Pattern,
+    Plan,
+    RankSpec,
+    Schedule,
+    UsageError,
+)
+from ..planner.partition import candidate_partitions
+from ..planner.patterns import generate_patterns
+from ..planner.policy import paper_schedule
+from ..planner.reference import alternating_steps
+from ..report.results import BenchRow
+from ..runtime.intercept import GuidedCall, find_denoiser, intercept
+from ..runtime.parallelize import ParallelPipeline
+from ..runtime.segments import capture_branch
+from .measure import loop_timed
+
+__all__ = ["ROWS", "Bench"]
+
+ROWS = ("single-eager", "single-compiled", "branch", "paper", "planned-quarter", "planned-reuse")
+"""Everything that can be measured, in order."""
+_CHEAP_SHARE = 0.4
+_CHEAP = {"planned-quarter": "branch-reuse:thin", "planned-reuse": "reuse"}
+_REPLAYS = 20
+
+Progress = Callable[[str, int, int], None]
+
+
+class _Recorder:
+    """A step handler that notes the signature of one branch's call."""
+
+    signature: CallSignature | None = None
+
+    def start(self, num_steps: int, signature: CallSignature) -> bool:
+        """Note it and let the pipeline run as it is."""
+        self.signature = signature
+        return False
+
+    def step(self, call: GuidedCall) -> Mapping[Any, torch.Tensor]:
+        """Never called."""
+        raise AssertionError
+
+
+class Bench:
+    """One model at one size. `open` builds everything, `measure` yields the rows."""
+
+    def __init__(
+        self, pipe: Any, options: Mapping[str, Any], *, name: str, pixels: int, steps: int = 50, gpus: int = 2,
+        rows: Sequence[str] = ROWS, repeats: int = 3, backend: str | None = None, threads: int | None = None,
+    ) -> None:
+        """
+        Args:
+            pipe: the pipeline, its denoiser on the first rank's device.
+            options: keyword arguments of its call but the number of steps.
+            name: of the model.
+            pixels: width and height, for the rows.
+            steps: of a generation.
+            gpus: ranks (1 or 2; processes on a machine without GPUs).
+            rows: which of `ROWS`.
+            repeats: timed generations per row, after one that warms up.
+            backend, threads: see `parallelize`.
+
+        Raises:
+            UsageError: an unknown row, or one that needs more ranks.
+        """
+        unknown = [row for row in rows if row not in ROWS]
+        if unknown or not rows:
+            raise UsageError(f"unknown rows {unknown}; choose from {', '.join(ROWS)}")
+        if gpus != 2 and set(rows) - set(ROWS[:2]):
+            raise UsageError(f"got {gpus} rank(s); rows other than {' and '.join(ROWS[:2])} are for 2")
+        self._pipe, self._options, self._name, self._pixels = pipe, options, name, pixels
+        self._steps, self._gpus, self._repeats = steps, gpus, repeats
+        self._rows = [row for row in ROWS if row in rows]
+        self._backend, self._threads = backend, threads
+        self._denoiser = find_denoiser(pipe)[1]
+        self._device = next(self._denoiser.parameters()).device
+
+    @contextlib.contextmanager
+    def open(self, on_progress: Progress = lambda stage, done, total: None) -> Iterator[Callable[[], Iterator[BenchRow]]]:
+        """Measure nothing yet: capture, start the workers, build the graphs. Yields the function that measures."""
+        compiled = [row for row in self._rows if row != "single-eager"]
+        if not compiled:
+            yield lambda: self._measure(None, {}, on_progress)
+            return
+        on_progress("capture", 0, 1)
+        plans = self._plans(compiled)
+        with ParallelPipeline(
+            self._pipe, next(iter(plans.values())), devices=None, timeout_s=120.0, threads=self._threads,
+            backend=self._backend, on_progress=on_progress,
+        ) as parallel:
+            yield lambda: self._measure(parallel, plans, on_progress)
+
+    def _measure(
+        self, parallel: ParallelPipeline | None, plans: Mapping[str, Plan], on_progress: Progress
+    ) -> Iterator[BenchRow]:
+        eager: float | None = None
+        strong: float | None = None
+        for done, name in enumerate(self._rows):
+            on_progress("rows", done, len(self._rows))
+            before = _traffic(parallel)
+            if name == "single-eager":
+                with _bypassed(parallel):
+                    eager = loop_s = self._time()
+                patterns, ranks = {"unmodified": self._steps}, 1
+            else:
+                assert parallel is not None
+                parallel.use(plans[name])
+                loop_s = self._time()
+                patterns, ranks = dict(Counter(parallel.executed)), 1 if name == "single-compiled" else self._gpus
+                strong = loop_s if name == "single-compiled" else strong
+            moved = (_traffic(parallel) - before) / ((self._repeats + 1) * self._steps)
+            stage_s = self._stage_seconds(parallel, name) if parallel is not None else None
+            yield BenchRow(
+                name=name, ranks=ranks, steps=self._steps, patterns=patterns, latency_s=loop_s, loop_s=loop_s,
+                speedup=None if eager is None else eager / loop_s,
+                speedup_vs_eager=None if eager is None else eager / loop_s,
+                speedup_vs_strong=None if strong is None or name == "single-eager" else strong / loop_s,
+                overhead_fraction=None if stage_s is None else loop_s / (self._steps * stage_s) - 1,
+                bytes_per_step=None if name == "single-eager" else round(moved), pixels=self._pixels,
+                peak_gib=torch.cuda.max_memory_reserved(self._device) / 2**30 if self._device.type == "cuda" else None,
+            )
+        on_progress("rows", len(self._rows), len(self._rows))
+
+    def _time(self) -> float:
+        times = []
+        for _ in range(self._repeats + 1):
+            with loop_timed(self._pipe) as seconds:
+                self._pipe(num_inference_steps=self._steps, **self._options)
+            times.append(seconds())
+        return statistics.median(times[1:])
+
+    def _stage_seconds(self, parallel: ParallelPipeline, name: str) -> float | None:
+        """Device time of rank 0's graph of an exact step."""
+        if self._device.type != "cuda" or name not in ("single-compiled", "branch"):
+            return None
+        runner, (launch,) = parallel.executor.runner, parallel.executor.flow(name.removesuffix("-compiled")).on(0)
+        replay = runner.replay_of(launch.segment)
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        replay()
+        begin.record()
+        for _ in range(_REPLAYS):
+            replay()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3 / _REPLAYS
+
+    def _plans(self, rows: Sequence[str]) -> dict[str, Plan]:
+        """One plan per row, all over the same tables."""
+        recorder = _Recorder()
+        with intercept(self._pipe, recorder):
+            self._pipe(num_inference_steps=1, **self._options)
+        if recorder.signature is None:
+            raise UsageError(f"{self._name}: no denoiser call with batched guidance was seen; set a guidance scale above 1")
+        layers = capture_branch(self._denoiser, recorder.signature).layers
+        partitions = candidate_partitions(layers, [layer.flops + 1.0 for layer in layers.layers])
+        known = {pattern.name: pattern for pattern in generate_patterns(partitions, 2)}
+        schedules = {row: self._schedule(row, known) for row in rows}
+        used = {name for schedule in schedules.values() for name in schedule.patterns}
+        exact = "single" if self._gpus == 1 or rows == ["single-compiled"] else "branch"
+        patterns = tuple(pattern for name, pattern in known.items() if name in used | {exact})
+        ranks = max(pattern.world_size for pattern in patterns)
+        names = {pattern.partition for pattern in patterns}
+        model = self._model(layers, recorder.signature)
+        return {
+            row: Plan(
+                model=model, ranks=(RankSpec(device=cast(Any, self._device.type)),) * ranks, patterns=patterns,
+                partitions=tuple(p for p in partitions if p.name in names), exact=exact, schedule=schedule,
+            )
+            for row, schedule in schedules.items()
+        }
+
+    def _schedule(self, row: str, known: Mapping[str, Pattern]) -> Schedule:
+        if row in _CHEAP:
+            count = round(self._steps * _CHEAP_SHARE)
+            return FixedSchedule(steps=alternating_steps(self._steps, count, "branch", _CHEAP[row]))
+        if row == "paper":
+            window = "paper:nested" if "paper:nested" in known else "paper:linear"
+            rule: AdaptiveSchedule = paper_schedule(cast(Any, self), "branch", window)
+            return rule
+        return FixedSchedule(steps=(row.removesuffix("-compiled"),) * self._steps)
+
+    @property
+    def scheduler(self) -> str:
+        """Class name of the pipeline's scheduler (with `num_steps` all that the paper's rule asks of a profile)."""
+        return type(self._pipe.scheduler).__name__
+
+    @property
+    def num_steps(self) -> int:
+        """Denoising steps of a generation."""
+        return self._steps
+
+    def _model(self, layers: LayerGraph, signature: CallSignature) -> ModelInfo:
+        parameter = next(self._denoiser.parameters())
+        return ModelInfo(
+            name=self._name, denoiser=type(self._denoiser).__name__, fingerprint=layers.fingerprint(),
+            parameter_bytes=sum(p.numel() * p.element_size() for p in self._denoiser.parameters()),
+            dtype=str(parameter.dtype).removeprefix("torch."), signature=signature,
+        )
+
+
+def _traffic(parallel: ParallelPipeline | None) -> int:
+    """Bytes that rank 0 has sent and received so far."""
+    if parallel is None or parallel.transport is None:
+        return 0
+    return sum(parallel.transport.sent_bytes.values()) + sum(parallel.transport.received_bytes.values())
+
+
+@contextlib.contextmanager
+def _bypassed(parallel: ParallelPipeline | None) -> Iterator[None]:
+    if parallel is None:
+        yield
+        return
+    with parallel.bypassed():
+        yield
