@@ -34,8 +34,10 @@ class Bench:
         self.name = name
         self.pipe = reference_models.load(name)
         self.attribute, self.denoiser = find_denoiser(self.pipe)
+        defaults = reference_models.DEFAULTS[name]
+        self.options = {k: v for k, v in defaults.items() if k not in ("num_inference_steps", "guidance_scale")}
         first = FirstCall()
-        Generation(pipe=self.pipe, num_inference_steps=3, guidance_scale=5.0).latents(["a cat"], first)
+        self.generation(3).latents(["a cat"], first)
         self.signature, self.call = first.require()
         self.layers = capture_branch(self.denoiser, self.signature).layers
         names = self.layers.names
@@ -49,6 +51,10 @@ class Bench:
         self.patterns = tuple(
             Pattern.parse(n, table, **({"partition": p, "stages": 2} if p else {})) for n, (table, p) in TABLES.items()
         )
+
+    def generation(self, steps):
+        """How images are made, for the profiler."""
+        return Generation(pipe=self.pipe, num_inference_steps=steps, guidance_scale=5.0, options=self.options)
 
     def plan(self, schedule, split="nested", ranks=2):
         """A plan over all tables; `schedule` is run-length text or a schedule object."""
@@ -67,7 +73,8 @@ class Bench:
         """One image as a [1, 3, H, W] tensor in [0, 1]."""
         generator = torch.Generator().manual_seed(seed)
         return self.pipe(
-            prompt, num_inference_steps=steps, guidance_scale=5.0, generator=generator, output_type="pt", **kwargs
+            prompt, num_inference_steps=steps, guidance_scale=5.0, generator=generator, output_type="pt",
+            **self.options, **kwargs,
         ).images
 
 

@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from hybridiff_compiler.profiler.decode import decoder_of
-from hybridiff_compiler.profiler.generate import Generation
 from hybridiff_compiler.profiler.linear import sampler_map
 from hybridiff_compiler.profiler.record import Option, Recorder, guided, options_of
 from hybridiff_compiler.profiler.sensitivity import image_error, propagate, pull_back_images
 from hybridiff_compiler.runtime.segments import SegmentRunner
 from hybridiff_compiler.runtime.simulator import run_pattern
 
-STEPS, SCALE, PROBES = 8, 5.0, 32
+STEPS, SCALE, PROBES = 8, 5.0, 24
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +21,7 @@ def propagated(bench):
     branch = next(p for p in patterns if p.name == "branch")
     runner = SegmentRunner(bench.denoiser, bench.signature, patterns, [bench.partitions["nested"]])
     options = options_of(patterns, (1, 2))
-    generation = Generation(pipe=bench.pipe, num_inference_steps=STEPS, guidance_scale=SCALE)
+    generation = bench.generation(STEPS)
     recorder = Recorder(lambda: bench.pipe.scheduler, runner, [branch, *patterns], options, SCALE)
     final = generation.latents(["a cat"], recorder)
     record = recorder.recording

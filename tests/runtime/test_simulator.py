@@ -66,7 +66,7 @@ def test_cheap_patterns_change_the_image_a_little(bench, cheap, split):
     image, simulator = simulate(bench, bench.plan(f"branch*3 {cheap} branch*2", split))
     assert simulator.executed == ["branch"] * 3 + [cheap] + ["branch"] * 2
     difference = (image - exact).abs().max()
-    assert 0 < difference
+    assert difference > 0
     assert image.shape == exact.shape
     assert torch.isfinite(image).all()
 
@@ -78,7 +78,7 @@ def test_prompts_simulated_together_are_the_prompts_alone(bench):
     def images(prompts, seeds):
         generators = [torch.Generator().manual_seed(s) for s in seeds]
         return bench.pipe(
-            prompts, num_inference_steps=6, guidance_scale=5.0, generator=generators, output_type="pt"
+            prompts, num_inference_steps=6, guidance_scale=5.0, generator=generators, output_type="pt", **bench.options
         ).images
 
     with intercept(bench.pipe, simulator):

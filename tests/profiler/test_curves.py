@@ -1,0 +1,64 @@
+"""Curves and compounding from numbers made up to be recognised."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hybridiff_compiler.ir import Compounding
+from hybridiff_compiler.profiler.compounding import fit_compounding
+from hybridiff_compiler.profiler.curves import error_curves
+from hybridiff_compiler.profiler.record import Option
+from hybridiff_compiler.profiler.sensitivity import Sketches
+
+
+def sketches(steps):
+    """Every option's image error is its age times ten to the minus its step, exactly."""
+    options = [Option("p", "memory", age) for age in (1, 3)]
+    rows = [
+        {o: torch.full((64, 1), o.age * 10.0 ** -step, dtype=torch.float64) for o in options if o.age <= step}
+        for step in range(steps)
+    ]
+    return Sketches(rows, pixels=1), options
+
+
+def test_ages_are_interpolated_and_early_steps_scaled():
+    batch, options = sketches(5)
+    (errors,) = error_curves([batch], options, (1, 3), 5)
+    (curve,) = errors.curves
+    assert curve.max_age == 3
+    bias = curve.rmse[4][0] / 1e-4  # constant sketches do not have the spread whose bias is taken out
+    assert bias == pytest.approx(1.0, abs=0.02)
+    assert [v / bias for v in curve.rmse[4]] == pytest.approx([1e-4, 2e-4, 3e-4], rel=1e-4)
+    assert [v / bias for v in curve.rmse[1]] == pytest.approx([1e-1, 2e-1, 3e-1], rel=1e-4)
+    assert curve.rmse[0] == curve.rmse[1]
+
+
+def test_compounding_follows_the_schedules():
+    raw = [20.0, 26.0, 32.0, 38.0]
+    measured = [[21.0, 25.0], [30.0, 34.0], [36.0, 40.0], [42.0, 46.0]]
+    fit = fit_compounding(raw, measured)
+    assert fit.knots == ((20.0, 23.0), (26.0, 32.0), (32.0, 38.0), (38.0, 44.0))
+    assert fit.residual_db == pytest.approx(0, abs=1e-9)
+    assert fit.prompt_std_db == pytest.approx(2.0)
+    assert fit.reserve_db == pytest.approx(2.0 / math.sqrt(2))
+    assert fit.psnr_db(10 ** (-29 / 20)) == pytest.approx(35.0)
+    assert fit.psnr_db(10 ** (-44 / 20)) == pytest.approx(50.0)
+    assert fit.psnr_db(10 ** (-18 / 20)) == pytest.approx(21.0)
+    assert fit.psnr_db(0) == math.inf
+
+
+@given(st.lists(st.tuples(st.floats(10, 60), st.floats(5, 80)), min_size=1, max_size=12))
+def test_any_measurement_gives_an_increasing_curve(points):
+    fit = fit_compounding([x for x, _ in points], [[y] for _, y in points])
+    values = [fit.psnr_db(10 ** (-raw / 20)) for raw in range(5, 70)]
+    assert all(b >= a for a, b in zip(values, values[1:]))
+
+
+def test_no_schedules_no_curve():
+    assert fit_compounding([], []) == Compounding()
+    assert Compounding().psnr_db(0.01) == pytest.approx(40)
+    with pytest.raises(ValueError, match="increase in both"):
+        Compounding(knots=((1.0, 2.0), (2.0, 2.0)))

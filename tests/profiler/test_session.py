@@ -1,0 +1,102 @@
+"""A whole profiling session on the bundled models with few steps: what it must hold, and what it refuses."""
+
+import pytest
+import torch
+
+import hybridiff_compiler as hc
+from hybridiff_compiler.ir import InputError, PlanMismatchError, Profile, UsageError
+from hybridiff_compiler.profiler.timing import pinned_threads, time_together
+
+STEPS = 6
+
+
+def measure(bench, prompts=("a cat", "a dog"), **changes):
+    arguments = {"num_inference_steps": STEPS, "name": bench.name, "threads": 1, "quick": True}
+    arguments |= bench.options | changes
+    return hc.profile(bench.pipe, prompts=list(prompts), **arguments)
+
+
+@pytest.fixture(scope="module")
+def profile(bench):
+    stages = set()
+    measured = measure(bench, on_progress=lambda stage, done, total: stages.add((stage, done <= total)))
+    assert {stage for stage, _ in stages} >= {"capture", "layer times", "stage times", "whole schedules"}
+    assert all(inside for _, inside in stages)
+    return measured
+
+
+def test_profile_is_complete(bench, profile):
+    assert profile.num_steps == STEPS
+    assert profile.model.fingerprint == profile.graph.fingerprint()
+    assert {p.name for p in profile.partitions} >= {"linear", "nested"}
+    assert {batch: len(times) for batch, times in profile.costs.layers.items()} == {
+        1: len(profile.graph.layers), 2: len(profile.graph.layers)
+    }
+    assert all(time > 0 for times in profile.costs.layers.values() for time in times)
+    whole = profile.costs.stage_seconds("whole", (0,), 1)
+    assert whole > 0
+    assert profile.costs.stage_seconds("whole", (0,), 2) > whole
+    assert len(profile.guidance.rel_mae) == 2
+    cheap = {p.name for p in profile.patterns if not p.is_exact}
+    assert set(profile.errors_by_pattern) == cheap
+    assert all(value > 0 for e in profile.errors for c in e.curves for row in c.rmse for value in row)
+    assert profile.compounding.schedules > 0
+    assert profile.provenance.prompts == 2
+    assert profile.provenance.device_type == "cpu"
+
+
+def test_profile_survives_its_file(profile, tmp_path):
+    assert Profile.load(profile.save(tmp_path / "profile.json")) == profile
+
+
+def test_profile_yields_plans(profile):
+    plan = hc.plan(profile, gpus=2, min_psnr=20)
+    assert plan.predictions.psnr_db is None or plan.predictions.psnr_db >= 20
+    assert hc.plan(profile, gpus=2, policy="exact").is_exact
+
+
+def test_equal_seeds_give_equal_curves(bench, profile):
+    again = measure(bench)
+    assert again.guidance == profile.guidance
+    kept = [e for e in again.errors if e.pattern == "reuse"]
+    assert kept == [e for e in profile.errors if e.pattern == "reuse"]
+
+
+def test_errors_can_come_from_another_device(bench, profile):
+    taken = measure(bench, errors_from=profile)
+    assert (taken.errors, taken.compounding, taken.partitions) == (
+        profile.errors, profile.compounding, profile.partitions
+    )
+    assert taken.errors_provenance == profile.provenance
+    with pytest.raises(PlanMismatchError, match="its steps is 6, this pipeline's is 5"):
+        measure(bench, errors_from=profile, num_inference_steps=5)
+
+
+def test_the_pipeline_is_left_as_it_was(bench, profile):
+    plain = bench.image(steps=3)
+    assert torch.isfinite(plain).all()
+    assert "set_timesteps" not in vars(bench.pipe.scheduler)
+
+
+def test_bad_input_is_refused(bench):
+    with pytest.raises(UsageError, match="got no prompts"):
+        measure(bench, prompts=())
+    with pytest.raises(UsageError, match="got 2 steps"):
+        measure(bench, num_inference_steps=2)
+    with pytest.raises(InputError, match="no batched classifier-free-guidance call"):
+        measure(bench, guidance_scale=1.0)
+
+
+def test_timing_takes_turns_and_reports_medians():
+    calls = []
+    slow, fast = (lambda: sum(range(20000)), lambda: calls.append(1))
+    timings = time_together([slow, fast], torch.device("cpu"), rounds=5)
+    assert timings[0].median > timings[1].median > 0
+    assert timings[0].spread >= 0
+
+
+def test_threads_are_restored():
+    before = torch.get_num_threads()
+    with pinned_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
