@@ -1,5 +1,6 @@
 """Curves and compounding from numbers made up to be recognised."""
 
+import itertools
 import math
 
 import pytest
@@ -54,7 +55,7 @@ def test_compounding_follows_the_schedules():
 def test_any_measurement_gives_an_increasing_curve(points):
     fit = fit_compounding([x for x, _ in points], [[y] for _, y in points])
     values = [fit.psnr_db(10 ** (-raw / 20)) for raw in range(5, 70)]
-    assert all(b >= a for a, b in zip(values, values[1:]))
+    assert all(b >= a for a, b in itertools.pairwise(values))
 
 
 def test_no_schedules_no_curve():
