@@ -95,11 +95,11 @@ class Replay:
         with torch.inference_mode(False):
             self._inputs = [torch.ones(tuple(shape), dtype=dtype, device=device) for shape, dtype in specs]
         self._call = call  # a graph's kernels read weights that nobody else may be holding on to
-        self._replay, self._outputs = recorder(call, self._inputs)
+        self.replay, self._outputs = recorder(call, self._inputs)
 
     def __call__(self, *arguments: Tensor) -> Sequence[Tensor]:
         """Evaluate on `arguments`, which may live anywhere; the results are valid until the next call."""
         for buffer, argument in zip(self._inputs, arguments, strict=True):
             buffer.copy_(argument, non_blocking=True)
-        self._replay()
+        self.replay()
         return self._outputs

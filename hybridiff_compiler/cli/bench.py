@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,7 +19,7 @@ def command(
     models: Annotated[list[str], typer.Argument(
         metavar="MODEL...", help="As for profile; with --random-weights names of architectures: sdxl, sd3.")],
     random_weights: Annotated[bool, typer.Option(
-        "--random-weights", help="Build the architecture without weights: latency is real, images mean nothing.")] = False,
+        "--random-weights", help="No weights are loaded: latency is real, images mean nothing.")] = False,
     pixels: Annotated[int, typer.Option(min=8, help="Width and height.")] = 1024,
     steps: Annotated[int, typer.Option(min=2, help="Denoising steps.")] = 50,
     gpus: Annotated[int, typer.Option(min=1, help="Ranks of the plans.")] = 2,
@@ -40,16 +40,41 @@ def command(
     check_device(device)
     check_writable(output)
     with opened(json_mode) as out:
-        from ..quality.bench_run import run_bench
+        from ..quality.bench import ROWS, Bench, bench_results
 
+        benches = {}
         with out.progress() as on_progress:
-            results = run_bench(
-                models, random_weights=random_weights, pixels=pixels, steps=steps, gpus=gpus, rows=rows,
-                repeats=repeats, device=device, backend=backend, threads=threads, seed=seed, on_progress=on_progress,
-            )
+            for model in models:
+                pipe, options = _load(model, random_weights, device, pixels, seed)
+                bench = Bench(
+                    pipe, options, name=model, pixels=pixels, steps=steps, gpus=gpus, repeats=repeats, backend=backend,
+                    threads=threads, rows=rows or (ROWS if gpus > 1 else ROWS[:2]),
+                )
+                with bench.open(on_progress) as measure:
+                    benches[model] = tuple(measure())
+        results = bench_results(benches, device=device, gpus=gpus, seed=seed, random_weights=random_weights)
         if output is not None:
             results.save(output)
         out.result(*_tables(results), machine=results.to_json)
+
+
+def _load(model: str, random_weights: bool, device: str, pixels: int, seed: int) -> tuple[Any, dict[str, Any]]:
+    """The pipeline and the keyword arguments of a call that returns latents."""
+    import torch
+
+    from .calls import call_options
+    from .models import load_model
+
+    if random_weights:
+        from ..quality.architectures import random_model
+
+        torch.manual_seed(seed)
+        built = random_model(model, device=device, dtype=torch.float16 if device == "cuda" else torch.float32)
+        return built.pipe, built.options(pixels, seed)
+    loaded = load_model(model, device=device)
+    options = call_options(loaded, pixels, pixels) | {"output_type": "latent", "guidance_scale": loaded.guidance_scale}
+    prompt = loaded.held_out_prompts[0] if loaded.held_out_prompts else "a photograph"
+    return loaded.pipe, options | {"prompt": prompt, "generator": torch.Generator().manual_seed(seed)}
 
 
 def _tables(results: BenchResults) -> list[Table]:

@@ -22,17 +22,19 @@ from ..ir import (
     Schedule,
     UsageError,
 )
+from ..ir.versions import installed_versions
 from ..planner.partition import candidate_partitions
 from ..planner.patterns import generate_patterns
 from ..planner.policy import paper_schedule
 from ..planner.reference import alternating_steps
-from ..report.results import BenchRow
+from ..profiler.session import device_name
+from ..report.results import BenchModel, BenchResults, BenchRow
 from ..runtime.intercept import GuidedCall, find_denoiser, intercept
 from ..runtime.parallelize import ParallelPipeline
 from ..runtime.segments import capture_branch
 from .measure import loop_timed
 
-__all__ = ["ROWS", "Bench"]
+__all__ = ["ROWS", "Bench", "bench_results"]
 
 ROWS = ("single-eager", "single-compiled", "branch", "paper", "planned-quarter", "planned-reuse")
 """Everything that can be measured, in order."""
@@ -93,7 +95,9 @@ class Bench:
         self._device = next(self._denoiser.parameters()).device
 
     @contextlib.contextmanager
-    def open(self, on_progress: Progress = lambda stage, done, total: None) -> Iterator[Callable[[], Iterator[BenchRow]]]:
+    def open(
+        self, on_progress: Progress = lambda stage, done, total: None
+    ) -> Iterator[Callable[[], Iterator[BenchRow]]]:
         """Measure nothing yet: capture, start the workers, build the graphs. Yields the function that measures."""
         compiled = [row for row in self._rows if row != "single-eager"]
         if not compiled:
@@ -167,7 +171,9 @@ class Bench:
         with intercept(self._pipe, recorder):
             self._pipe(num_inference_steps=1, **self._options)
         if recorder.signature is None:
-            raise UsageError(f"{self._name}: no denoiser call with batched guidance was seen; set a guidance scale above 1")
+            raise UsageError(
+                f"{self._name}: no denoiser call with batched guidance was seen; set a guidance scale above 1"
+            )
         layers = capture_branch(self._denoiser, recorder.signature).layers
         partitions = candidate_partitions(layers, [layer.flops + 1.0 for layer in layers.layers])
         known = {pattern.name: pattern for pattern in generate_patterns(partitions, 2)}
@@ -213,6 +219,17 @@ class Bench:
             parameter_bytes=sum(p.numel() * p.element_size() for p in self._denoiser.parameters()),
             dtype=str(parameter.dtype).removeprefix("torch."), signature=signature,
         )
+
+
+def bench_results(
+    rows: Mapping[str, tuple[BenchRow, ...]], *, device: str, gpus: int, seed: int, random_weights: bool
+) -> BenchResults:
+    """The document of a run: rows by model, and what they were measured on."""
+    return BenchResults(
+        device=device_name(torch.device(device)), gpus=gpus, seed=seed, random_weights=random_weights,
+        versions=installed_versions("torch", "diffusers", "hybridiff-compiler"),
+        models={name: BenchModel(rows=measured) for name, measured in rows.items()},
+    )
 
 
 def _traffic(parallel: ParallelPipeline | None) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NoReturn
 
 import torch
@@ -58,7 +59,17 @@ class Driver:
         self._index = {pattern.name: index for index, pattern in enumerate(plan.patterns)}
         self._missed: dict[int, list[int]] = {rank: [] for rank in range(1, plan.world_size)}
         self._generation = 0
+        self._bypass = False
         self._said: set[str] = set()
+
+    @contextmanager
+    def bypassed(self) -> Iterator[None]:
+        """While open, no generation is covered."""
+        self._bypass = True
+        try:
+            yield
+        finally:
+            self._bypass = False
 
     def use(self, plan: Plan) -> None:
         """Follow another plan from the next generation on; its patterns must be among those that the ranks know."""
@@ -67,6 +78,8 @@ class Driver:
 
     def start(self, num_steps: int, signature: CallSignature) -> bool:
         """See `StepHandler.start`: covered are calls of the plan's signature with the weights that the ranks hold."""
+        if self._bypass:
+            return False
         mismatch = self.plan.model.signature.mismatch(signature)
         if mismatch is not None:
             self._say_once(f"the plan does not cover this call ({mismatch}); it runs on one device, exactly")

@@ -8,8 +8,9 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,9 @@ from .settings import NumericSettings
 from .transport import PeerError, Transport
 from .watch import DeviceWatch
 
+if TYPE_CHECKING:
+    from ..bundle import Bundle
+
 __all__ = ["ParallelPipeline", "parallelize"]
 
 _START_TIMEOUT_S = 600.0
@@ -35,7 +39,7 @@ _START_TIMEOUT_S = 600.0
 
 def parallelize(
     pipe: Any,
-    plan: Plan,
+    plan: Plan | Bundle | str | os.PathLike[str],
     *,
     devices: Sequence[str | torch.device] | None = None,
     timeout_s: float = 60.0,
@@ -50,7 +54,7 @@ def parallelize(
 
     Args:
         pipe: a diffusers pipeline whose denoiser is on the first rank's device.
-        plan: what to run.
+        plan: what to run: a plan, its file, or a bundle or its folder, which is loaded without compiling.
         devices: one per rank; default: the CPU, or on GPUs the denoiser's and then the others in order.
         timeout_s: seconds after which a worker that does not answer within a step counts as hung.
         threads: CPU threads per rank, also of this process while the plan is active; default: the processors that
@@ -64,6 +68,9 @@ def parallelize(
         UsageError: an argument that can never work.
         WorkerError: a worker could not be started.
     """
+    from ..bundle import resolve_plan
+
+    plan, backend = resolve_plan(plan, backend)
     return ParallelPipeline(
         pipe, plan, devices=devices, timeout_s=timeout_s, threads=threads, backend=backend, on_progress=on_progress
     )
@@ -140,6 +147,15 @@ class ParallelPipeline:
             )
         self._driver.use(plan)
 
+    @property
+    def executor(self) -> RankExecutor:
+        """Rank 0's."""
+        return self._executor
+
+    def bypassed(self) -> AbstractContextManager[None]:
+        """A context in which the pipeline runs as if there were no plan."""
+        return self._driver.bypassed()
+
     def close(self) -> None:
         """End the workers and restore the pipeline; does nothing when closed already."""
         self._finalizer()
@@ -179,7 +195,9 @@ class ParallelPipeline:
             self._resources.callback(self._pool.close)
             captured = capture_for(plan, denoiser)  # while the workers import what they need
             self._hand_over(store, skeleton, tensors, timeout_s, backend)
-        executor = RankExecutor(plan, denoiser, captured, rank=0, transport=self._transport, backend=backend)
+        executor = self._executor = RankExecutor(
+            plan, denoiser, captured, rank=0, transport=self._transport, backend=backend
+        )
         report = on_progress or (lambda what, done, total: None)
         executor.prepare(lambda done, total: report("building stage graphs", done, total))
         if self._pool is not None:

@@ -196,6 +196,12 @@ class SegmentRunner:
             written = {slot: self._keep(slot, value) for slot, value in written.items()}
         return estimates, written
 
+    def replay_of(self, segment: Segment) -> Callable[[], None]:
+        """The bare replay of a segment's graph on whatever its static inputs hold; for timing."""
+        call = self._graph(segment).call
+        assert isinstance(call, Replay), "only recorded graphs can be replayed"
+        return call.replay
+
     def _keep(self, slot: Slot, value: Tensor) -> Tensor:
         """A copy of `value` that lasts until the slot is written for the second next time.
 

@@ -124,6 +124,7 @@ class Transport:
         self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
         self.sent_messages: Counter[Channel] = Counter()
         self.sent_bytes: Counter[Channel] = Counter()
+        self.received_bytes: Counter[Channel] = Counter()
         self._timeout = _FOREVER if timeout_s is None else timedelta(seconds=timeout_s)
         self._buffers: dict[tuple[bool, int, Channel, Layout], _Buffers] = {}
         self._received: set[int] = set()
@@ -147,6 +148,7 @@ class Transport:
         The tensors live in reused buffers: they are valid until the second next message of this layout is asked for.
         With `keep` they are new memory and stay valid.
         """
+        self.received_bytes[channel] += layout.nbytes
         if keep:
             buffer = self._allocate(layout.nbytes)
             views = layout.views(buffer)

@@ -24,6 +24,10 @@ SURFACE = {
         "PLAN", "MODEL", "--prompt", "--prompts", "--limit", "--steps", "--guidance-scale", "--height", "--width",
         "--seed", "--threads", "--repeats", "--simulate", "--min-psnr", "--output/-o", "--json",
     ],
+    "bench": [
+        "MODEL...", "--random-weights", "--pixels", "--steps", "--gpus", "--row", "--repeats", "--device", "--backend",
+        "--threads", "--seed", "--output/-o", "--json",
+    ],
     "show": ["FILE", "--json"],
 }
 
