@@ -1,0 +1,12 @@
+"""Bundles: a plan with its stage graphs compiled ahead, in one folder that is loaded without compiling.
+
+`write_bundle` makes one, `Bundle.open` reads and checks it. Checks come first, whatever the folder holds: hashes,
+paths, versions and the device are right before anything in it is loaded. The hashes guard against damage and mix-ups,
+not against malice: compiled artifacts are programs, so load bundles from people whose programs you would run.
+"""
+
+from .manifest import Artifact, FileRecord, Manifest
+from .reading import Bundle, load_executable, resolve_plan
+from .writing import write_bundle
+
+__all__ = ["Artifact", "Bundle", "FileRecord", "Manifest", "load_executable", "resolve_plan", "write_bundle"]

@@ -1,0 +1,159 @@
+"""Writing bundles: every graph of a plan is compiled into a temporary folder, which then gets its name at once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from ..backends.artifact import Job, artifact_backend
+from ..backends.onnx_weights import OnnxWeights
+from ..backends.stage_io import stage_digest, stage_inputs, stage_outputs, weights_digest
+from ..capture import StageGraph
+from ..ir import WHOLE, InputError, Plan, Segment, lower
+from ..runtime.executor import capture_for
+from ..runtime.segments import SegmentRunner
+from .files import record_file
+from .manifest import MANIFEST_FILE, PLAN_FILE, Artifact, Manifest
+from .reading import Bundle
+
+__all__ = ["StageBuild", "check_destination", "distinct_stages", "write_bundle"]
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class StageBuild:
+    """One stage graph of a plan and where the plan runs it."""
+
+    stage: StageGraph
+    digest: str
+    branches: int
+    segments: set[str] = field(default_factory=set)
+    ranks: set[int] = field(default_factory=set)
+
+
+def write_bundle(
+    plan: Plan, denoiser: nn.Module, folder: str | os.PathLike[str], *, backend: str, arch: str | None = None,
+    on_progress: Progress = lambda stage, done, total: None,
+) -> Bundle:
+    """Compile all graphs of `plan` and write them with it; the folder appears when it is complete.
+
+    Args:
+        plan: every pattern in it is compiled, not only those that its schedule names.
+        denoiser: the network with its weights.
+        folder: is made; a bundle that is there already is replaced.
+        backend: one of `ARTIFACT_BACKENDS`.
+        arch: GPU to build for, e.g. `sm_89`; default: this machine's.
+        on_progress: called with (stage, done, total).
+
+    Raises:
+        UsageError: the backend cannot build for these ranks or is not installed.
+        InputError: a stage cannot be compiled, or the folder cannot be written.
+        PlanMismatchError: the plan is for another denoiser.
+    """
+    builder = artifact_backend(backend)
+    destination = check_destination(folder)
+    target = builder.target(plan.ranks[0].device, plan.model.dtype, arch)
+    missing = builder.missing()
+    if missing is not None:
+        raise InputError(f"backend {backend} {missing}; or choose another --backend")
+    builds = distinct_stages(plan, denoiser)
+    work = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    try:
+        weights = OnnxWeights(work)
+        artifacts = []
+        for index, build in enumerate(builds):
+            on_progress(f"compiling with {backend}", index, len(builds))
+            name = f"stage{index:02d}-{build.digest[:12]}"
+            file = builder.build(Job(stage=build.stage, folder=work, name=name, target=target, weights=weights))
+            artifacts.append(Artifact(
+                **dict(record_file(file)), graph=build.digest, segments=tuple(sorted(build.segments)),
+                ranks=tuple(sorted(build.ranks)), branches=2 if build.branches == 2 else 1,
+                weights=None if builder.binds_weights else weights_digest(build.stage),
+                inputs=stage_inputs(build.stage), outputs=stage_outputs(build.stage),
+            ))
+        on_progress(f"compiling with {backend}", len(builds), len(builds))
+        plan.save(work / PLAN_FILE)
+        shared = tuple(record_file(work / name) for name in builder.shared if (work / name).exists())
+        Manifest.sealed(
+            backend=backend, fingerprint=plan.model.fingerprint, target=target, plan=record_file(work / PLAN_FILE),
+            artifacts=tuple(artifacts), shared=shared,
+        ).save(work / MANIFEST_FILE)
+        _publish(work, destination)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return Bundle.open(destination)
+
+
+def distinct_stages(plan: Plan, denoiser: nn.Module) -> list[StageBuild]:
+    """Every stage graph that some rank of `plan` runs, each once.
+
+    Raises:
+        PlanMismatchError: the plan is for another denoiser.
+    """
+    runner = SegmentRunner(
+        denoiser, plan.model.signature, plan.patterns, plan.partitions, captured=capture_for(plan, denoiser)
+    )
+    layers = {p.name: p.stages for p in plan.partitions} | {WHOLE: (runner.layers.names,)}
+    builds: dict[str, StageBuild] = {}
+    for segment in dict.fromkeys(s for pattern in plan.patterns for s in lower(pattern)):
+        names = [name for stage in segment.stages for name in layers[segment.partition][stage]]
+        taps = [name for branch, name in runner.values_written(segment) if branch == segment.branches[0]]
+        stage = runner.captured(len(segment.branches)).extract(names, taps)
+        digest = stage_digest(stage)
+        build = builds.setdefault(digest, StageBuild(stage, digest, len(segment.branches)))
+        build.segments.add(_name(segment))
+        build.ranks.add(segment.rank)
+    return list(builds.values())
+
+
+def check_destination(folder: str | os.PathLike[str]) -> Path:
+    """Refuse an output folder before the work starts.
+
+    Raises:
+        InputError: it holds something else than a bundle, or the folder around it cannot be written.
+    """
+    path = Path(os.path.abspath(folder))
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise InputError(f"{path}: is a file or a link; give the path of a folder to make")
+    if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST_FILE).is_file():
+        raise InputError(f"{path}: exists and is no bundle; choose another output folder or remove it first")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}; choose another output path") from None
+    return path
+
+
+def _name(segment: Segment) -> str:
+    batched = f" x{len(segment.branches)}" if len(segment.branches) > 1 else ""
+    return f"{segment.partition}[{','.join(map(str, segment.stages))}]{batched}"
+
+
+def _publish(work: Path, destination: Path) -> None:
+    """Give the finished folder its name; an older bundle stays complete until then."""
+    umask = os.umask(0)
+    os.umask(umask)
+    work.chmod(0o777 & ~umask)
+    if not destination.exists():
+        work.rename(destination)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{destination.name}.old.", dir=destination.parent))
+    try:
+        old = destination.rename(aside / "bundle")
+        try:
+            work.rename(destination)
+        except BaseException:
+            with suppress(OSError):
+                old.rename(destination)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
