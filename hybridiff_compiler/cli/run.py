@@ -1,4 +1,4 @@
-"""`hybridiff run`: one image by a plan."""
+"""`hybridiff run`: one image by a plan or bundle."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["command"]
 
 
 def command(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan that `hybridiff plan` wrote.")],
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan, or a bundle that `hybridiff compile` wrote.")],
     model: Annotated[str, typer.Argument(
         metavar="MODEL", help="bundled:unet, bundled:mmdit, a local diffusers folder, or a hub id.")],
     prompt: Annotated[str, typer.Option(help="What the image shows.")],
@@ -35,7 +35,12 @@ def command(
     check_writable(output)
     (text,) = choose_prompts([prompt], None, default=(), limit=None)
     with opened(json_mode) as out:
-        loaded_plan = Plan.load(plan)
+        if plan.is_dir():
+            from ..bundle import resolve_plan
+
+            loaded_plan, backend = resolve_plan(plan)
+        else:
+            loaded_plan, backend = Plan.load(plan), None
         loaded = load_for_plan(model, loaded_plan)
         from ..profiler.generate import Generation
         from ..quality.coverage import check_covered
@@ -53,7 +58,8 @@ def command(
         with out.progress() as on_progress:
             on_progress(f"starting {loaded_plan.world_size} ranks", 0, 1)
             with parallelize(
-                loaded.pipe, loaded_plan, threads=threads if loaded_plan.ranks[0].device == "cpu" else None
+                loaded.pipe, loaded_plan, threads=threads if loaded_plan.ranks[0].device == "cpu" else None,
+                backend=backend,
             ) as running:
                 on_progress(f"starting {loaded_plan.world_size} ranks", 1, 1)
                 on_progress("generating", 0, 1)

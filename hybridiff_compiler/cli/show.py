@@ -1,4 +1,4 @@
-"""`hybridiff show`: a profile, plan or benchmark result as text."""
+"""`hybridiff show`: a profile, plan, bundle or benchmark result as text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["command"]
 
 
 def command(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A profile, a plan, or the JSON of a demo.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A profile, a plan, a bundle, or the JSON of a demo.")],
     json_mode: Annotated[bool, typer.Option("--json", help="Print the validated document as one JSON object.")] = False,
 ) -> None:
     """Print FILE as tables, text plots, pattern tables and a timeline."""
@@ -31,6 +31,12 @@ def _read(file: Path) -> tuple[list[Any], Any]:
     from ..ir import InputError, Plan, Profile
     from ..report import Results, describe_plan, describe_profile, results_table
 
+    if file.is_dir():
+        from ..bundle import Bundle
+        from ..report.describe_bundle import describe_bundle
+
+        bundle = Bundle.open(file)
+        return [*describe_bundle(bundle), *describe_plan(bundle.plan)], bundle.manifest.model_dump(mode="json")
     payload = _payload(file)
     kind = payload.get("kind")
     if kind == "profile":
