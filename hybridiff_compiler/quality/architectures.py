@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..ir import UsageError
+from ..runtime.intercept import find_denoiser
 
 __all__ = ["ARCHITECTURES", "RandomModel", "random_model"]
 
@@ -50,8 +51,7 @@ class RandomModel:
     def options(self, pixels: int, seed: int) -> dict[str, Any]:
         """Keyword arguments of a call that returns latents: random embeddings in place of a prompt."""
         generator = torch.Generator().manual_seed(seed)
-        parameter = next(self.pipe.components[name].parameters() for name in ("unet", "transformer")
-                         if name in self.pipe.components)
+        parameter = next(find_denoiser(self.pipe)[1].parameters())
 
         def random(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=generator).to(parameter.device, parameter.dtype)

@@ -39,7 +39,8 @@ __all__ = ["ROWS", "Bench", "bench_results"]
 ROWS = ("single-eager", "single-compiled", "branch", "paper", "planned-quarter", "planned-reuse")
 """Everything that can be measured, in order."""
 _CHEAP_SHARE = 0.4
-_CHEAP = {"planned-quarter": "branch-reuse:thin", "planned-reuse": "reuse"}
+_CHEAP = {"planned-quarter": ("branch-reuse:thin", "branch-reuse:nested"), "planned-reuse": ("reuse",)}
+"""The pattern of the cheap steps: the first one that the model has a partition for."""
 _REPLAYS = 20
 
 Progress = Callable[[str, int, int], None]
@@ -195,7 +196,8 @@ class Bench:
     def _schedule(self, row: str, known: Mapping[str, Pattern]) -> Schedule:
         if row in _CHEAP:
             count = round(self._steps * _CHEAP_SHARE)
-            return FixedSchedule(steps=alternating_steps(self._steps, count, "branch", _CHEAP[row]))
+            cheap = next(name for name in _CHEAP[row] if name in known)
+            return FixedSchedule(steps=alternating_steps(self._steps, count, "branch", cheap))
         if row == "paper":
             window = "paper:nested" if "paper:nested" in known else "paper:linear"
             rule: AdaptiveSchedule = paper_schedule(cast(Any, self), "branch", window)

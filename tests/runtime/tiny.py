@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -179,6 +180,7 @@ FOUR_RANKS = (
 def make_plan(
     denoiser: nn.Module, signature: CallSignature, steps: tuple[str, ...], *, ranks: int = 2,
     tables: tuple[tuple[str, str, str], ...] = TWO_RANKS, exact: str = "branch",
+    device: Literal["cpu", "cuda"] = "cpu",
 ) -> Plan:
     """A plan for `denoiser` with a nested and a linear partition of its captured layers, in thirds and halves."""
     layers = capture_branch(denoiser, signature).layers
@@ -194,7 +196,7 @@ def make_plan(
             name="test", denoiser=type(denoiser).__name__, fingerprint=layers.fingerprint(), parameter_bytes=0,
             dtype="float32", signature=signature,
         ),
-        ranks=(RankSpec(device="cpu"),) * ranks,
+        ranks=(RankSpec(device=device),) * ranks,
         partitions=partitions,
         patterns=tuple(
             Pattern.parse(name, table, partition=where, stages=1 if where == "whole" else 2)

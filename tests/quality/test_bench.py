@@ -1,0 +1,54 @@
+"""`hybridiff bench` on stock pipelines of shrunken architectures, on CPU ranks."""
+
+import pytest
+import torch
+
+from hybridiff_compiler.ir import UsageError
+from hybridiff_compiler.quality import architectures
+from hybridiff_compiler.quality.bench import ROWS, Bench, bench_results
+
+SMALL_SDXL = architectures._SDXL_UNET | {
+    "sample_size": 8, "block_out_channels": (32, 32, 32), "transformer_layers_per_block": (1, 1, 1),
+    "attention_head_dim": (4, 4, 4), "cross_attention_dim": 2048, "norm_num_groups": 8,
+}
+SMALL_SD3 = architectures._SD3_TRANSFORMER | {
+    "sample_size": 8, "num_layers": 4, "attention_head_dim": 8, "num_attention_heads": 2, "caption_projection_dim": 16,
+    "pos_embed_max_size": 16,
+}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(architectures, "_SDXL_UNET", SMALL_SDXL)
+    monkeypatch.setattr(architectures, "_SD3_TRANSFORMER", SMALL_SD3)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+def test_rows_of_random_architectures(name):
+    model = architectures.random_model(name, device="cpu", dtype=torch.float32)
+    rows = ROWS if name == "sd3" else ("single-eager", "branch", "planned-reuse")
+    bench = Bench(model.pipe, model.options(64, 0), name=name, pixels=64, steps=6, repeats=1, threads=1, rows=rows)
+    with bench.open() as measure:
+        measured = tuple(measure())
+    assert tuple(row.name for row in measured) == rows
+    by_name = {row.name: row for row in measured}
+    assert by_name["single-eager"].speedup_vs_eager == 1
+    assert by_name["branch"].patterns == {"branch": 6}
+    assert by_name["branch"].bytes_per_step > 1000
+    assert by_name["planned-reuse"].patterns == {"branch": 4, "reuse": 2}
+    if name == "sd3":
+        assert by_name["single-compiled"].speedup_vs_strong == 1
+        assert by_name["paper"].patterns["paper:nested"] >= 1
+    results = bench_results({name: measured}, device="cpu", gpus=2, seed=0, random_weights=True)
+    assert results.to_json()["models"][name]["rows"][0]["pixels"] == 64
+    assert results.to_json()["schema"] == 1
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(UsageError, match="sdxl, sd3"):
+        architectures.random_model("dalle", device="cpu", dtype=torch.float32)
+    model = architectures.random_model("sd3", device="cpu", dtype=torch.float32)
+    with pytest.raises(UsageError, match="unknown rows"):
+        Bench(model.pipe, {}, name="sd3", pixels=64, rows=("fastest",))
+    with pytest.raises(UsageError, match="are for 2"):
+        Bench(model.pipe, {}, name="sd3", pixels=64, gpus=1, rows=("branch",))
