@@ -4,7 +4,7 @@
     python3 tools/bootstrap.py test [options of pytest]
 
 Makes a virtual environment in `.venv` and installs into it what the command needs. What is installed is reused: a
-second run starts at once. `test` also runs ruff and mypy first.
+second run starts at once. `test` also runs ruff and mypy, and fails when any of the three does.
 """
 
 from __future__ import annotations
@@ -37,12 +37,11 @@ def main(arguments: list[str]) -> int:
         return _refuse(f"{' '.join(map(str, error.cmd))} failed with exit code {error.returncode}; see above")
     if command == "demo":
         return _call([_bin("hybridiff"), "demo", *options])
-    for check in ([_bin("ruff"), "check", "."], [_bin("mypy")]):
+    codes = []
+    for check in ([_bin("ruff"), "check", "."], [_bin("mypy")], [_bin("python"), "-m", "pytest", *options]):
         print(f"$ {Path(check[0]).name} {' '.join(check[1:])}", flush=True)
-        code = _call(check)
-        if code:
-            return code
-    return _call([_bin("python"), "-m", "pytest", *options])
+        codes.append(_call(check))
+    return next((code for code in codes if code), 0)
 
 
 def _install(requirement: str) -> None:
