@@ -63,7 +63,7 @@ def record_plainly(
     call: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]
 ) -> tuple[Callable[[], None], Sequence[Tensor]]:
     """A `Recorder` for any device: evaluates `call` at every replay and overwrites the same outputs."""
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.no_grad():  # leaving inference mode switches gradients on
         outputs = [result.clone() for result in call(*inputs)]
 
     def replay() -> None:
