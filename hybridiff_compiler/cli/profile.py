@@ -25,11 +25,14 @@ def command(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of one rank.")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="torch dtype [default: float32 on cpu, float16 on cuda].")] = None,
+    errors_from: Annotated[Path | None, typer.Option(
+        help="Take the errors over from this profile of the same generations; measure only costs here.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few prompts and probes: rough curves in seconds.")] = False,
     json_mode: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure MODEL once: layer and stage times, guidance curve, image error of every cheap way to run a step."""
     from ..api import profile as measure
+    from ..ir import Profile
     from ..report import describe_profile
     from .calls import call_options, check_device
     from .files import check_writable
@@ -39,6 +42,7 @@ def command(
 
     check_device(device)
     check_writable(output)
+    known = Profile.load(errors_from) if errors_from is not None else None
     with opened(json_mode) as out:
         loaded = load_model(model, device=device, dtype=dtype)
         chosen = choose_prompts(prompt, prompts, default=loaded.profiling_prompts, limit=limit)
@@ -47,7 +51,8 @@ def command(
                 loaded.pipe, prompts=chosen, name=loaded.name,
                 num_inference_steps=steps or loaded.num_inference_steps,
                 guidance_scale=loaded.guidance_scale if guidance_scale is None else guidance_scale,
-                seed=seed, threads=threads if device == "cpu" else None, quick=quick, on_progress=on_progress,
+                seed=seed, threads=threads if device == "cpu" else None, quick=quick, errors_from=known,
+                on_progress=on_progress,
                 **call_options(loaded, height, width),
             )
         measured.save(output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -132,6 +133,10 @@ class PatternErrors(Data):
     curves: tuple[ErrorCurve, ...] = Field(min_length=1)
 
 
+_ONE_SIDED_95 = 1.645
+"""Standard errors of a normal distribution below which it falls with a probability of 5 %."""
+
+
 class Compounding(Data):
     """How summed single-step errors turn into the PSNR of a whole schedule, as measured on schedules.
 
@@ -153,7 +158,7 @@ class Compounding(Data):
     @field_validator("knots")
     @classmethod
     def _increasing(cls, knots: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
-        if any(b[0] <= a[0] or b[1] <= a[1] for a, b in zip(knots, knots[1:])):
+        if any(b[0] <= a[0] or b[1] <= a[1] for a, b in pairwise(knots)):
             raise ValueError(f"knots must increase in both coordinates, got {knots}")
         return knots
 
@@ -167,17 +172,17 @@ class Compounding(Data):
         (first, first_db), (last, last_db) = self.knots[0], self.knots[-1]
         if raw <= first:
             return first_db + (raw - first)
-        for (left, left_db), (right, right_db) in zip(self.knots, self.knots[1:]):
+        for (left, left_db), (right, right_db) in pairwise(self.knots):
             if raw <= right:
                 return left_db + (raw - left) * (right_db - left_db) / (right - left)
         return last_db + (raw - last)
 
     @property
     def reserve_db(self) -> float:
-        """What the planner keeps in reserve for the mean over other prompts: one standard error of the prediction,
-        from the fit's residuals and from the finite number of prompts that it was made on."""
+        """What the planner keeps in reserve for the mean over other prompts: the one-sided 95 % bound of the
+        prediction's error, from the curve's residuals and the finite number of prompts that it was made on."""
         sampling = self.prompt_std_db / math.sqrt(self.prompts) if self.prompts else 0.0
-        return math.hypot(self.residual_db, sampling)
+        return _ONE_SIDED_95 * math.hypot(self.residual_db, sampling)
 
 
 class Profile(Document):

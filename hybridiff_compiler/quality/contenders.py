@@ -26,10 +26,14 @@ class Contender:
 def contenders(
     profile: Profile, *, gpus: int = 2, targets: Iterable[float] = TARGETS_DB, beside: Iterable[float] = EQUAL_COST_DB
 ) -> list[Contender]:
-    """`branch`, `paper`, `planned-T` for each target, and beside some of them the two honest rows of equal ideal cost:
-    `fewer-steps-T` (plainly fewer exact steps) and `alternating-reuse-T` (exact steps and `reuse`, spread evenly)."""
+    """`branch`, `paper`, `planned-as-paper` (the least error at the paper's predicted latency), `planned-T` for each
+    target, and beside some of them the two honest rows of equal ideal cost: `fewer-steps-T` (plainly fewer exact
+    steps) and `alternating-reuse-T` (exact steps and `reuse`, spread evenly)."""
     branch = plan(profile, gpus=gpus, policy="exact")
-    rows = [Contender("branch", branch), Contender("paper", plan(profile, gpus=gpus, policy="paper"))]
+    paper = plan(profile, gpus=gpus, policy="paper")
+    rows = [Contender("branch", branch), Contender("paper", paper)]
+    if paper.predictions.speedup is not None:
+        rows.append(Contender("planned-as-paper", plan(profile, gpus=gpus, speedup=paper.predictions.speedup)))
     wanted = set(beside)
     for target in targets:
         planned = plan(profile, gpus=gpus, min_psnr=target)

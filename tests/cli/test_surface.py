@@ -11,7 +11,7 @@ SURFACE = {
     "demo": ["--out", "--reprofile", "--profiles", "--prompts", "--models", "--json"],
     "profile": [
         "MODEL", "--output/-o", "--prompt", "--prompts", "--limit", "--steps", "--guidance-scale", "--height",
-        "--width", "--seed", "--threads", "--device", "--dtype", "--quick", "--json",
+        "--width", "--seed", "--threads", "--device", "--dtype", "--errors-from", "--quick", "--json",
     ],
     "plan": [
         "PROFILE", "--gpus", "--min-psnr", "--speedup", "--policy", "--without", "--pareto", "--output/-o", "--json",

@@ -63,8 +63,8 @@ def test_min_psnr_is_met_with_the_reserve_as_fast_as_possible(profile: Profile, 
     made = plan(profile, gpus=gpus, min_psnr=min_psnr)
     predicted = made.predictions
     assert predicted.psnr_db is not None
-    assert predicted.psnr_db >= min_psnr + profile.compounding.residual_db
-    wanted = min_psnr + profile.compounding.residual_db
+    assert predicted.psnr_db >= min_psnr + profile.compounding.reserve_db
+    wanted = min_psnr + profile.compounding.reserve_db
     enough = [p for p in frontier(profile, gpus) if (p.psnr_db or math.inf) >= wanted]
     assert predicted.latency_s == pytest.approx(enough[0].latency_s)
     assert predicted.target == f"min_psnr={min_psnr:g}"
