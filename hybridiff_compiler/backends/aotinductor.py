@@ -3,6 +3,9 @@
 The parameters are bound by their qualified names as they lie in memory, so edits in place (fusing a LoRA) are seen at
 once; parameters whose memory was exchanged are bound anew at the next call. A package that is run before its parameters
 are bound crashes the process, so nothing but `AotStage` ever holds one.
+
+The compiler writes the values of very small constants into the code. A weight that small (the bias of an output
+convolution has four elements) is made an argument instead, so that it stays live like the others.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ..capture import StageGraph
 from ..ir import InputError, PlanMismatchError, UsageError
@@ -29,27 +32,31 @@ _OPTIONS: dict[str, Any] = {
     # Otherwise the number of threads at compile time is written into the code.
     "cpp.dynamic_threads": True,
 }
+_INLINED_ELEMENTS = 8
+"""Vectors and scalars of up to so many elements are written into the code by inductor."""
 
 
 class AotStage:
     """A loaded package; it can be called once `bind` has given it its weights."""
 
-    def __init__(self, package: Any, inputs: Sequence[TensorSpec]) -> None:
+    def __init__(self, package: Any, inputs: Sequence[TensorSpec], passed: Sequence[str] = ()) -> None:
         """
         Args:
             package: what torch loaded; it must not be called by anyone else.
             inputs: the arguments that the package was compiled for.
+            passed: names of the weights that it takes as further arguments.
         """
         self._package = package
-        self._inputs = tuple(inputs)
+        self._inputs, self._passed = tuple(inputs), tuple(passed)
         self._weights: dict[str, Tensor] = {}
         self._bound: list[Tensor] = []
+        self._small: list[Tensor] = []
         self._addresses: list[int] | None = None
 
     @property
     def weight_names(self) -> tuple[str, ...]:
         """Qualified names of the tensors that the package reads."""
-        return tuple(self._package.get_constant_fqns())
+        return (*self._package.get_constant_fqns(), *self._passed)
 
     def bind(self, weights: Mapping[str, Tensor]) -> None:
         """Give the package its weights; their memory is used as it is.
@@ -81,7 +88,7 @@ class AotStage:
         if [tensor.data_ptr() for tensor in self._weights.values()] != self._addresses:
             self._bind_addresses()
         fitted = fit_arguments(arguments, self._inputs)
-        results: Sequence[Tensor] = self._package(*fitted)
+        results: Sequence[Tensor] = self._package(*fitted, *self._small)
         return results
 
     def _bind_addresses(self) -> None:
@@ -94,9 +101,11 @@ class AotStage:
                 f"{len(strided)} weights are not contiguous ({', '.join(strided[:3])}), compiled code reads them as if "
                 "they were; call .contiguous() on them"
             )
-        if aliases:
-            self._package.load_constants(aliases, check_full_update=True, user_managed=True)
+        constants = {name: alias for name, alias in aliases.items() if name not in self._passed}
+        if constants:
+            self._package.load_constants(constants, check_full_update=True, user_managed=True)
         self._bound = list(aliases.values())
+        self._small = [aliases[name] for name in self._passed]
         self._addresses = [tensor.data_ptr() for tensor in self._weights.values()]
 
 
@@ -139,20 +148,24 @@ class AotInductor:
         arguments = example_arguments(job.stage)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(job.stage.module, arguments, strict=False)
+            module, small = _with_small_weights_as_inputs(job.stage)
+            arguments += tuple(tensor.detach() for tensor in small.values())
+            program = torch.export.export(module, arguments, strict=False)
             torch._inductor.aoti_compile_and_package(
                 program, package_path=str(file), inductor_configs=dict(self._options)
             )
-        package = _open_package(file)
-        unknown = sorted(set(package.get_constant_fqns()) - stage_weights(job.stage).keys())
-        if unknown:
-            raise InputError(f"aotinductor made constants of its own ({', '.join(unknown[:3])}), which have no live "
-                             "parameter to be bound to; use --backend onnx for this denoiser")
+        expected, got = stage_weights(job.stage).keys() - small.keys(), set(_open_package(file).get_constant_fqns())
+        if got != expected:
+            raise InputError(
+                f"aotinductor wrote weights into the code or made constants of its own "
+                f"({', '.join(sorted(got ^ expected)[:3])}), which could not follow the live ones; use --backend onnx "
+                "for this denoiser"
+            )
         return file
 
     def load(self, file: Path, stage: StageGraph) -> Executable:
         """See `ArtifactBackend.load`."""
-        executable = AotStage(_open_package(file), stage_inputs(stage))
+        executable = AotStage(_open_package(file), stage_inputs(stage), tuple(_small_weights(stage)))
         executable.bind(stage_weights(stage))
         return executable
 
@@ -164,3 +177,30 @@ def _open_package(file: Path) -> Any:
     # One runner without locks: what CUDA graph capture needs; a stage is never run from two threads.
     loader = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", True, 1, -1)
     return AOTICompiledModel(loader)
+
+
+def _small_weights(stage: StageGraph) -> dict[str, Tensor]:
+    """The weights that the compiler would write into the code."""
+    return {
+        name: tensor for name, tensor in stage_weights(stage).items()
+        if tensor.dim() <= 1 and tensor.numel() <= _INLINED_ELEMENTS
+    }
+
+
+def _with_small_weights_as_inputs(stage: StageGraph) -> tuple[fx.GraphModule, dict[str, Tensor]]:
+    """The stage's graph with its small weights as further arguments, and those weights."""
+    small = _small_weights(stage)
+    if not small:
+        return stage.module, small
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    nodes = list(stage.module.graph.nodes)
+    for node in (node for node in nodes if node.op == "placeholder"):
+        copied[node] = graph.node_copy(node)
+    inputs = {name: graph.placeholder(f"weight_{index}") for index, name in enumerate(small)}
+    for node in nodes:
+        if node.op == "get_attr" and node.target in inputs:
+            copied[node] = inputs[node.target]
+        elif node.op != "placeholder":
+            copied[node] = graph.node_copy(node, copied.__getitem__)
+    return fx.GraphModule(stage.module, graph, class_name="Stage").eval(), small

@@ -33,10 +33,12 @@ class OnnxStage:
         except Exception as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise InputError(f"{file.name}: onnxruntime cannot run it on this CPU: {reason}") from None
-        got = [value.name for value in (*self._session.get_inputs(), *self._session.get_outputs())]
-        expected = [spec.name for spec in (*inputs, *outputs)]
-        if sorted(got) != sorted(expected):
-            raise InputError(f"{file.name}: has inputs and outputs {got}, the plan needs {expected}")
+        for kind, values, specs in (
+            ("inputs", self._session.get_inputs(), inputs), ("outputs", self._session.get_outputs(), outputs)
+        ):
+            got, expected = sorted(value.name for value in values), sorted(spec.name for spec in specs)
+            if got != expected:
+                raise InputError(f"{file.name}: has {kind} {got}, the plan needs {expected}")
         self._inputs, self._outputs = tuple(inputs), tuple(outputs)
 
     def __call__(self, *arguments: Tensor) -> Sequence[Tensor]:

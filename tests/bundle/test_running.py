@@ -1,0 +1,169 @@
+"""Bundles doing their work: the same image as the plan, without compiling, with the weights at hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import hybridiff_compiler as hc
+from hybridiff_compiler.bundle import Bundle, load_executable, resolve_plan, write_bundle
+from hybridiff_compiler.bundle.writing import distinct_stages
+from hybridiff_compiler.ir import InputError, PlanMismatchError, UsageError
+from hybridiff_compiler.runtime.intercept import intercept
+from hybridiff_compiler.runtime.segments import SegmentRunner
+from hybridiff_compiler.runtime.simulator import Simulator
+
+from .small import PlainPipeline
+
+BACKENDS = ("onnx", "aotinductor")
+TOLERANCE = 2e-5
+"""On latents of size 3 after 8 steps: other kernels, other order of sums, both in float32."""
+
+
+def simulate(pipe, plan, backend="eager", prompt=1):
+    """A generation of the plan in this process, with graphs from a bundle or as they are."""
+    with intercept(pipe, Simulator(plan, pipe.denoiser, backend=backend)):
+        return pipe(prompt)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """Whatever compiles or exports for a backend fails."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("something was compiled")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", refuse)
+    monkeypatch.setattr(torch.onnx, "export", refuse)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_image_is_the_plan_s(compiled, pipe, plan, backend, no_compiler):
+    bundle = compiled(backend)
+    exact = simulate(pipe, plan)
+    difference = (simulate(pipe, bundle.plan, bundle.backend) - exact).abs().max()
+    assert difference <= TOLERANCE
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parallelize_takes_the_folder(compiled, pipe, plan, backend, no_compiler):
+    """The worker loads its own artifacts: what both ranks return is what one process returns from the bundle."""
+    bundle = compiled(backend)
+    with hc.parallelize(pipe, bundle.folder, threads=1) as parallel:
+        image = pipe(1)
+        assert parallel.executed == plan.schedule.steps
+    assert (image - simulate(pipe, plan)).abs().max() <= TOLERANCE
+
+
+def test_each_graph_is_compiled_once(compiled, pipe, plan):
+    manifest = compiled("onnx").manifest
+    assert [artifact.segments for artifact in manifest.artifacts] == [("whole[0]",), ("nested[1]",)]
+    assert [artifact.ranks for artifact in manifest.artifacts] == [(0, 1), (0, 1)]
+    builds = distinct_stages(plan, pipe.denoiser)
+    assert [build.digest for build in builds] == [artifact.graph for artifact in manifest.artifacts]
+
+
+def test_names_are_the_plan_s(compiled, pipe, plan):
+    """Inputs and outputs are called as the plan calls the denoiser's inputs and the values between layers."""
+    inputs = {leaf.path for leaf in plan.model.signature.leaves}
+    layers = SegmentRunner(pipe.denoiser, plan.model.signature, plan.patterns, plan.partitions).layers
+    values = {value.name for value in layers.values}
+    for artifact in compiled("onnx").manifest.artifacts:
+        assert {spec.name for spec in artifact.inputs} <= inputs | values
+        assert {spec.name for spec in artifact.outputs} <= values | {"estimate"}
+    outer = compiled("onnx").manifest.artifacts[1]
+    assert {spec.name for spec in outer.inputs} & values, "the outer stage reads the inner one's values"
+
+
+def test_aotinductor_reads_the_live_weights(compiled, plan):
+    """An edit in place and exchanged memory are seen by executables that were loaded before."""
+    bundle, pipe = compiled("aotinductor"), PlainPipeline()
+    simulator = Simulator(bundle.plan, pipe.denoiser, backend=bundle.backend)
+    before = _generate(pipe, simulator)
+    with torch.no_grad():
+        pipe.denoiser.tail.weight.mul_(0.5)
+    edited = _generate(pipe, simulator)
+    assert (edited - simulate(pipe, plan)).abs().max() <= TOLERANCE
+    assert (edited - before).abs().max() > 0.01
+    pipe.denoiser.head.weight.data = pipe.denoiser.head.weight.data * 2.0
+    assert (_generate(pipe, simulator) - simulate(pipe, plan)).abs().max() <= TOLERANCE
+
+
+def _generate(pipe, simulator):
+    with intercept(pipe, simulator):
+        return pipe(1)
+
+
+def test_weights_inside_must_be_the_model_s(compiled):
+    bundle, other = compiled("onnx"), PlainPipeline(seed=1)
+    with pytest.raises(PlanMismatchError, match="built with other weights"):
+        simulate(other, bundle.plan, bundle.backend)
+
+
+def test_another_denoiser_is_refused(compiled):
+    bundle, other = compiled("onnx"), PlainPipeline()
+    del other.denoiser.blocks[-1]
+    with pytest.raises(PlanMismatchError, match="profile this model and plan again"):
+        hc.parallelize(other, bundle.folder, threads=1)
+
+
+def test_a_graph_that_was_not_compiled_is_refused(compiled, pipe, plan):
+    bundle = compiled("onnx")
+    (whole, *_) = distinct_stages(plan.model_copy(update={"patterns": plan.patterns[:1]}), pipe.denoiser)
+    with pytest.raises(PlanMismatchError, match="no artifact for the stage graph"):
+        load_executable(whole.stage, bundle.backend)
+
+
+def test_a_bundle_has_its_backend(compiled):
+    with pytest.raises(UsageError, match="compiled with onnx already"):
+        resolve_plan(compiled("onnx"), "inductor")
+
+
+def test_sources_of_plans(compiled, plan, tmp_path):
+    assert resolve_plan(plan, "eager") == (plan, "eager")
+    assert resolve_plan(plan.save(tmp_path / "plan.json")) == (plan, None)
+    bundle = compiled("onnx")
+    assert resolve_plan(bundle.folder) == (plan, bundle.backend)
+    for missing in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(InputError, match="hybridiff compile"):
+            resolve_plan(missing)
+
+
+def test_opened_is_what_was_written(compiled):
+    for backend in BACKENDS:
+        bundle = compiled(backend)
+        assert Bundle.open(bundle.folder) == bundle
+        listed = {record.file for record in bundle.manifest.files} | {"manifest.json"}
+        assert {file.name for file in bundle.folder.iterdir()} == listed
+
+
+def test_replacing_and_refusing_folders(pipe, plan, tmp_path, monkeypatch):
+    """What is there already stays until the new bundle is complete; what is no bundle is never touched."""
+    from hybridiff_compiler.backends import onnx_file
+
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="is no bundle"):
+        write_bundle(plan, pipe.denoiser, target, backend="onnx")
+    (target / "thesis.txt").unlink()
+
+    def quick(stage, file, weights):
+        file.write_bytes(b"first")
+        return file
+
+    monkeypatch.setattr(onnx_file, "export_onnx", quick)
+    first = write_bundle(plan, pipe.denoiser, target, backend="onnx")
+
+    def fail(stage, file, weights):
+        file.write_bytes(b"half")
+        raise InputError("no more")
+
+    monkeypatch.setattr(onnx_file, "export_onnx", fail)
+    with pytest.raises(InputError, match="no more"):
+        write_bundle(plan, pipe.denoiser, target, backend="onnx")
+    assert Bundle.open(target) == first
+    monkeypatch.setattr(onnx_file, "export_onnx", lambda stage, file, weights: (file.write_bytes(b"2"), file)[1])
+    assert write_bundle(plan, pipe.denoiser, target, backend="onnx").manifest != first.manifest
+    assert list(tmp_path.iterdir()) == [target]
