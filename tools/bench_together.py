@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--build-limit", type=float, default=600.0, help="seconds after which no model is waited for")
+    parser.add_argument("--wait-for", type=Path, help="measure only once this file exists")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -45,11 +46,15 @@ def _take_turns(arguments: argparse.Namespace) -> None:
         if time.monotonic() - begin > arguments.build_limit:
             break
         time.sleep(POLL_S)
+    while arguments.wait_for is not None and not arguments.wait_for.exists():
+        time.sleep(POLL_S)
     while waiting:
         ready = [m for m, p in waiting.items() if p.poll() is not None or _mark(arguments.folder, m, "built").exists()]
         if ready:
             _mark(arguments.folder, ready[0], "go").touch()
             waiting.pop(ready[0]).wait()
+            for what in ("built", "go"):
+                _mark(arguments.folder, ready[0], what).unlink(missing_ok=True)
         time.sleep(POLL_S)
 
 

@@ -10,6 +10,7 @@ transfer never takes multiprocessors from a running graph.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -30,7 +31,8 @@ ENVIRONMENT: Mapping[str, str] = {
 }
 """What NCCL and torch's process groups are made under: failures are noticed by us, and kill no process."""
 
-_FORWARD, _BACKWARD, _ESTIMATES = "forward", "backward", "estimates"
+_FORWARD, _BACKWARD, _ESTIMATES, _WEIGHTS = "forward", "backward", "estimates", "weights"
+_ABORT_S = 10.0
 _NEVER = timedelta(days=365)
 
 
@@ -62,7 +64,7 @@ class NcclTransport(Transport):
         self.device = device
         self._nccl: dict[str, Any] = {}
         with torch.cuda.device(device), _environment(ENVIRONMENT):
-            for name in (_FORWARD, _BACKWARD, _ESTIMATES):
+            for name in (_FORWARD, _BACKWARD, _ESTIMATES, _WEIGHTS):
                 options = dist.ProcessGroupNCCL.Options()
                 options.is_high_priority_stream = True
                 options._timeout = _NEVER
@@ -79,16 +81,23 @@ class NcclTransport(Transport):
         options.rootRank, options.rootTensor = root, 0
         try:
             for tensor in tensors:
-                self._nccl[_FORWARD].broadcast([tensor.to(self.device)], options).wait()
+                self._nccl[_WEIGHTS].broadcast([tensor.to(self.device)], options).wait()
             torch.cuda.synchronize(self.device)
         except RuntimeError as error:
             raise PeerError(root, "broadcasting with", False, str(error)) from error
 
     def abort(self) -> None:
-        """Make every transfer under way end, with undefined contents, on this side; nothing can be sent afterwards."""
+        """Make every transfer under way end, with undefined contents, on this side; nothing can be sent afterwards.
+
+        All communicators at once: freeing one waits for the device, and so for the transfers of those that were not
+        told to stop yet.
+        """
         groups, self._nccl = self._nccl, {}
-        for group in groups.values():
-            group.abort()
+        threads = [threading.Thread(target=group.abort, daemon=True) for group in groups.values()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(_ABORT_S)
 
     def close(self) -> None:
         """Drop the connections; pending transfers fail."""

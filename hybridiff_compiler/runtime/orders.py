@@ -145,8 +145,9 @@ class OrderOutbox:
                 codes.append(_SAME_AS_OTHER)
             else:
                 tensor = self._seen[leaf][1]
-                codes.append(_ON_DEVICE if tensor.is_cuda else _FOLLOWS)
-                (on_device if tensor.is_cuda else tensors).append(tensor)
+                apart = travels_apart(tensor)
+                codes.append(_ON_DEVICE if apart else _FOLLOWS)
+                (on_device if apart else tensors).append(tensor)
             has[leaf] = self._version[leaf]
         return bytes(codes), tensors, on_device
 
@@ -201,6 +202,11 @@ class OrderInbox:
     def _ask(self) -> Incoming:
         self._turn ^= 1
         return self._transport.receive_bytes(0, Channel.ORDERS, self._buffers[self._turn])
+
+
+def travels_apart(tensor: Tensor) -> bool:
+    """Whether a leaf goes as a message of its own, so that the host need not wait for it to pack the order."""
+    return tensor.is_cuda
 
 
 def _identity(tensor: Tensor) -> Sequence[object] | None:

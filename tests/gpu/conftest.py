@@ -32,10 +32,8 @@ class GpuModel:
     """bundled:unet in fp16 on the first GPU, a plan over all two-rank tables, and its simulator."""
 
     def __init__(self) -> None:
-        self.pipe = reference_models.load("unet", torch_dtype=torch.float16).to("cuda")
-        self.pipe.set_progress_bar_config(disable=True)
+        self.pipe, self._other = (self._load() for _ in range(2))  # a pipeline runs by one plan at a time
         self.denoiser = find_denoiser(self.pipe)[1]
-        self.denoiser.requires_grad_(False)
         recorder = SignatureRecorder()
         with intercept(self.pipe, recorder):
             self.plain = self("a red apple")
@@ -44,16 +42,23 @@ class GpuModel:
         )
         self._runners: dict[tuple, dict[int, SegmentRunner]] = {}
 
-    def __call__(self, prompt: str, **kwargs) -> torch.Tensor:
+    @staticmethod
+    def _load():  # type: ignore[no-untyped-def]
+        pipe = reference_models.load("unet", torch_dtype=torch.float16).to("cuda")
+        pipe.set_progress_bar_config(disable=True)
+        find_denoiser(pipe)[1].requires_grad_(False)
+        return pipe
+
+    def __call__(self, prompt: str, pipe=None, **kwargs) -> torch.Tensor:  # type: ignore[no-untyped-def]
         arguments = reference_models.DEFAULTS["unet"] | {"num_inference_steps": 8} | kwargs
         generator = torch.Generator().manual_seed(1)
-        return self.pipe(prompt, generator=generator, output_type="latent", **arguments).images
+        return (pipe or self.pipe)(prompt, generator=generator, output_type="latent", **arguments).images
 
     def simulate(self, plan: Plan, prompt: str, backend: str = "eager") -> torch.Tensor:
         """Latents as one device makes them with the same graphs."""
         known = self._runners.setdefault((backend, plan.patterns, plan.partitions), {})
-        with intercept(self.pipe, Simulator(plan, self.denoiser, backend=backend, runners=known)):
-            return self(prompt)
+        with intercept(self._other, Simulator(plan, find_denoiser(self._other)[1], backend=backend, runners=known)):
+            return self(prompt, self._other)
 
 
 @pytest.fixture(scope="session")

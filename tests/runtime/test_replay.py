@@ -10,11 +10,12 @@ import torch
 
 from hybridiff_compiler.backends.cuda_graph import Replay, record_plainly
 from hybridiff_compiler.ir import UsageError
+from hybridiff_compiler.runtime import orders
 from hybridiff_compiler.runtime.intercept import intercept
 from hybridiff_compiler.runtime.parallelize import ParallelPipeline, assign_devices
 from hybridiff_compiler.runtime.segments import SegmentRunner
 from hybridiff_compiler.runtime.simulator import Simulator
-from hybridiff_compiler.runtime.transport import Transport
+from hybridiff_compiler.runtime.transport import Channel, Transport
 
 from .tiny import FOUR_RANKS, TWO_RANKS, TinyPipeline, tiny_plan
 
@@ -74,6 +75,20 @@ def test_estimates_may_be_asked_for_late(
     plan = two_ranks.plan.with_steps(("branch", name, name, "swapped", name, "reuse", name, "branch"))
     two_ranks.use(plan)
     assert torch.equal(pipe2(4), simulate(plan, 4))
+
+
+@pytest.mark.parametrize("name", ["branch", "paper", "moved", "pipe"])
+def test_inputs_may_travel_apart_from_their_order(
+    name: str, pipe2: TinyPipeline, two_ranks: ParallelPipeline, simulate: Simulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(orders, "travels_apart", lambda tensor: tensor.dim() > 0)  # as tensors on a GPU do
+    plan = two_ranks.plan.with_steps(("branch", name, name, "swapped", name, "reuse", name, "branch"))
+    two_ranks.use(plan)
+    assert two_ranks.transport is not None
+    before = two_ranks.transport.sent_messages[Channel.INPUTS]
+    for prompt in (4, 5):
+        assert torch.equal(pipe2(prompt), simulate(plan, prompt))
+    assert two_ranks.transport.sent_messages[Channel.INPUTS] > before
 
 
 def test_gpu_plans_need_the_gpus() -> None:
