@@ -16,7 +16,7 @@ __all__ = ["command"]
 
 
 def command(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan that `hybridiff plan` wrote.")],
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan, or a bundle that `hybridiff compile` wrote.")],
     model: Annotated[str, typer.Argument(
         metavar="MODEL", help="bundled:unet, bundled:mmdit, a local diffusers folder, or a hub id.")],
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt to judge by; repeat for more.")] = None,
@@ -44,7 +44,13 @@ def command(
 
     check_writable(output)
     with opened(json_mode) as out:
-        loaded_plan = Plan.load(plan)
+        if plan.is_dir():
+            from ..bundle import Bundle
+
+            bundle = Bundle.open(plan)
+            loaded_plan = bundle.plan
+        else:
+            bundle, loaded_plan = None, Plan.load(plan)
         loaded = load_for_plan(model, loaded_plan)
         chosen = choose_prompts(prompt, prompts, default=loaded.held_out_prompts, limit=limit)
         from ..quality.verify import check_verification
@@ -52,7 +58,7 @@ def command(
 
         with out.progress() as on_progress:
             report = compare(
-                loaded.pipe, loaded_plan, prompts=chosen, num_inference_steps=steps,
+                loaded.pipe, bundle or loaded_plan, prompts=chosen, num_inference_steps=steps,
                 guidance_scale=loaded.guidance_scale if guidance_scale is None else guidance_scale, seed=seed,
                 simulated=simulate, threads=threads, repeats=repeats, on_progress=on_progress,
                 **call_options(loaded, height, width),

@@ -69,6 +69,7 @@ def simulate(
     first: int = 0,
     batch: int = 8,
     runners: dict[int, SegmentRunner] | None = None,
+    backend: str = "eager",
 ) -> tuple[Tensor, list[tuple[str, ...]]]:
     """Images of `plan` from the single-device simulator, and the pattern names that each prompt's steps ran.
 
@@ -79,10 +80,11 @@ def simulate(
         first: index of the first prompt.
         batch: prompts simulated together; adaptive plans always take one at a time, as each finds its own window.
         runners: see `Simulator`; keep them to reuse captured graphs.
+        backend: see `Simulator`.
     """
     _, denoiser = find_denoiser(generation.pipe)
     batch = 1 if isinstance(plan.schedule, AdaptiveSchedule) else batch
-    simulator = Simulator(plan, denoiser, runners=runners)
+    simulator = Simulator(plan, denoiser, runners=runners, backend=backend)
     images, executed = [], []
     with intercept(generation.pipe, simulator):
         for start in range(0, len(prompts), batch):

@@ -27,32 +27,38 @@ def simulate(pipe, plan, backend="eager", prompt=1):
 
 
 @pytest.fixture
-def no_compiler(monkeypatch):
-    """Whatever compiles or exports for a backend fails."""
+def ban_compilers(monkeypatch):
+    """`ban_compilers()`: from now on whatever compiles or exports for a backend fails."""
 
     def refuse(*args, **kwargs):
         raise AssertionError("something was compiled")
 
-    monkeypatch.setattr(torch, "compile", refuse)
-    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", refuse)
-    monkeypatch.setattr(torch.onnx, "export", refuse)
+    def ban():
+        monkeypatch.setattr(torch, "compile", refuse)
+        monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", refuse)
+        monkeypatch.setattr(torch.onnx, "export", refuse)
+
+    return ban
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_image_is_the_plan_s(compiled, pipe, plan, backend, no_compiler):
+def test_the_image_is_the_plan_s(compiled, pipe, plan, backend, ban_compilers):
     bundle = compiled(backend)
+    ban_compilers()
     exact = simulate(pipe, plan)
     difference = (simulate(pipe, bundle.plan, bundle.backend) - exact).abs().max()
     assert difference <= TOLERANCE
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_parallelize_takes_the_folder(compiled, pipe, plan, backend, no_compiler):
+def test_parallelize_takes_the_folder(compiled, pipe, plan, backend, ban_compilers):
     """The worker loads its own artifacts: what both ranks return is what one process returns from the bundle."""
     bundle = compiled(backend)
+    ban_compilers()
     with hc.parallelize(pipe, bundle.folder, threads=1) as parallel:
         image = pipe(1)
         assert parallel.executed == plan.schedule.steps
+    assert torch.equal(image, simulate(pipe, plan, bundle.backend))
     assert (image - simulate(pipe, plan)).abs().max() <= TOLERANCE
 
 

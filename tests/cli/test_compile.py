@@ -8,6 +8,7 @@ from PIL import Image
 from hybridiff_compiler.backends.artifact import artifact_backend
 from hybridiff_compiler.bundle import Bundle, Manifest
 from hybridiff_compiler.ir import Plan
+from hybridiff_compiler.quality.verify import Verification
 
 
 def test_compile_show_run(hybridiff, files, tmp_path):
@@ -31,6 +32,12 @@ def test_compile_show_run(hybridiff, files, tmp_path):
     assert ran.code == 0, ran.err
     assert json.loads(ran.out)["executed"] == list(plan.schedule.steps)
     assert Image.open(image).size == (64, 64)
+
+    ran = hybridiff("verify", folder, "bundled:unet", "--prompt", "a cat", "--repeats", "1", "--json")
+    assert ran.code == 0, ran.err
+    report = Verification.model_validate_json(ran.out)
+    assert (report.simulator_max_abs_diff, report.split_batch_max_abs_diff) == (0, None)
+    assert report.max_abs_diff < 1e-2, "another batch size and other kernels, the same image"
 
     (folder / "weights.bin").write_bytes(b"")
     for arguments in (("show", folder), ("run", folder, "bundled:unet", "--prompt", "a cat", "-o", image)):
