@@ -7,13 +7,14 @@ any callable the same manners, so that whoever handles such outputs can be teste
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["CudaRecorder", "Recorder", "Replay", "record_plainly", "recorder_for"]
+__all__ = ["CudaRecorder", "Recorder", "Replay", "record_plainly", "recorder_for", "seconds_per_call"]
 
 _WARM_UP_CALLS = 3
 
@@ -76,6 +77,24 @@ def record_plainly(
 def recorder_for(device: torch.device) -> Recorder | None:
     """What stage graphs on `device` are recorded with: CUDA graphs on CUDA, nothing elsewhere."""
     return CudaRecorder(device) if device.type == "cuda" else None
+
+
+def seconds_per_call(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Time of `run` between CUDA events, or on the wall, after one call that does not count."""
+    run()
+    if device.type != "cuda":
+        begin_s = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        return (time.perf_counter() - begin_s) / repeats
+    with torch.cuda.device(device):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(repeats):
+            run()
+        end.record()
+        end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3 / repeats
 
 
 class Replay:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..ir import UsageError
+from ..ir import InputError, UsageError
 from ..runtime.intercept import find_denoiser
 
 __all__ = ["ARCHITECTURES", "RandomModel", "random_model"]
@@ -69,9 +69,12 @@ def random_model(name: str, *, device: str, dtype: torch.dtype) -> RandomModel:
 
     Raises:
         UsageError: unknown name.
+        InputError: the device is not there.
     """
     if name not in ARCHITECTURES:
         raise UsageError(f"unknown architecture {name!r}; with random weights there are {', '.join(ARCHITECTURES)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("this machine has no CUDA device; pass --device cpu, or run on a machine with one")
     model = ARCHITECTURES[name](device, dtype)
     model.pipe.set_progress_bar_config(disable=True)
     return model

@@ -41,7 +41,6 @@ ROWS = ("single-eager", "single-compiled", "branch", "paper", "planned-quarter",
 _CHEAP_SHARE = 0.4
 _CHEAP = {"planned-quarter": ("branch-reuse:thin", "branch-reuse:nested"), "planned-reuse": ("reuse",)}
 """The pattern of the cheap steps: the first one that the model has a partition for."""
-_REPLAYS = 20
 
 Progress = Callable[[str, int, int], None]
 
@@ -131,13 +130,17 @@ class Bench:
                 patterns, ranks = dict(Counter(parallel.executed)), 1 if name == "single-compiled" else self._gpus
                 strong = loop_s if name == "single-compiled" else strong
             moved = (_traffic(parallel) - before) / ((self._repeats + 1) * self._steps)
-            stage_s = self._stage_seconds(parallel, name) if parallel is not None else None
+            stages = {} if parallel is None or name == "single-eager" else {
+                pattern: max(parallel.stage_seconds(pattern)) for pattern in patterns
+            }
+            ideal_s = sum(patterns[pattern] * seconds for pattern, seconds in stages.items())
             yield BenchRow(
                 name=name, ranks=ranks, steps=self._steps, patterns=patterns, latency_s=loop_s, loop_s=loop_s,
                 speedup=None if eager is None else eager / loop_s,
                 speedup_vs_eager=None if eager is None else eager / loop_s,
                 speedup_vs_strong=None if strong is None or name == "single-eager" else strong / loop_s,
-                overhead_fraction=None if stage_s is None else loop_s / (self._steps * stage_s) - 1,
+                overhead_fraction=loop_s / ideal_s - 1 if ideal_s else None,
+                stage_s=stages or None,
                 bytes_per_step=None if name == "single-eager" else round(moved), pixels=self._pixels,
                 peak_gib=torch.cuda.max_memory_reserved(self._device) / 2**30 if self._device.type == "cuda" else None,
             )
@@ -150,21 +153,6 @@ class Bench:
                 self._pipe(num_inference_steps=self._steps, **self._options)
             times.append(seconds())
         return statistics.median(times[1:])
-
-    def _stage_seconds(self, parallel: ParallelPipeline, name: str) -> float | None:
-        """Device time of rank 0's graph of an exact step."""
-        if self._device.type != "cuda" or name not in ("single-compiled", "branch"):
-            return None
-        runner, (launch,) = parallel.executor.runner, parallel.executor.flow(name.removesuffix("-compiled")).on(0)
-        replay = runner.replay_of(launch.segment)
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        replay()
-        begin.record()
-        for _ in range(_REPLAYS):
-            replay()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) / 1e3 / _REPLAYS
 
     def _plans(self, rows: Sequence[str]) -> dict[str, Plan]:
         """One plan per row, all over the same tables."""

@@ -50,7 +50,9 @@ class BenchRow(Row):
     speedup_vs_eager: float | None = None
     """Over `single-eager` of the same run."""
     overhead_fraction: float | None = None
-    """How much longer the loop takes than the device time of rank 0's stage graphs (exact rows on GPUs)."""
+    """How much longer the loop takes than the stage graphs of the slowest rank of every step, one after the other."""
+    stage_s: dict[str, float] | None = None
+    """Time of the slowest rank's stage graphs in one step, by pattern."""
     bytes_per_step: int | None = None
     """Sent and received by rank 0."""
     peak_gib: float | None = None
@@ -75,6 +77,8 @@ class BenchResults(Data):
     seed: int
     random_weights: bool
     """Random weights: the latencies are real, the images mean nothing."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the figures must know."""
     models: dict[str, BenchModel]
 
     def to_json(self) -> dict[str, Any]:

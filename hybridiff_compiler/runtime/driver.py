@@ -14,8 +14,8 @@ from ..ir import Branch, CallSignature, FixedSchedule, Plan
 from .estimates import EstimateMemory
 from .executor import RankExecutor
 from .intercept import GuidedCall
-from .orders import MAX_MISSED, Order, OrderOutbox
-from .processes import WorkerPool
+from .orders import MAX_MISSED, TIMING, Order, OrderOutbox
+from .processes import TIMED, WorkerPool
 from .schedule_state import ScheduleState
 from .transport import PeerError, Transport
 from .watch import DeviceWatch
@@ -58,7 +58,7 @@ class Driver:
         self._outbox = None if transport is None else OrderOutbox(transport, plan.model.signature)
         self._index = {pattern.name: index for index, pattern in enumerate(plan.patterns)}
         self._missed: dict[int, list[int]] = {rank: [] for rank in range(1, plan.world_size)}
-        self._generation = 0
+        self._generation = self._timings = 0
         self._bypass = False
         self._said: set[str] = set()
 
@@ -75,6 +75,20 @@ class Driver:
         """Follow another plan from the next generation on; its patterns must be among those that the ranks know."""
         self.plan = plan
         self._schedule = ScheduleState(plan.schedule)
+
+    def stage_seconds(self, name: str) -> list[float]:
+        """Time of every rank's graphs of pattern `name` alone, measured on all of them at once."""
+        flow, seconds = self._executor.flow(name), [0.0] * self.plan.world_size
+        self._timings += 1
+        asked = sorted(flow.ranks - {0})
+        for rank in asked:
+            assert self._outbox is not None
+            self._outbox.send(rank, Order(self._generation, TIMING, self._index[name], self._timings), ())
+        seconds[0] = self._executor.stage_seconds(name)
+        for rank in asked:
+            assert self._pool is not None
+            seconds[rank] = float(self._pool.answer(f"{TIMED}/{self._timings}/{rank}"))
+        return seconds
 
     def start(self, num_steps: int, signature: CallSignature) -> bool:
         """See `StepHandler.start`: covered are calls of the plan's signature with the weights that the ranks hold."""

@@ -80,6 +80,10 @@ class RankExecutor:
         flows = self._exchange.flows.values()
         self.runner.prepare((launch.segment for flow in flows for launch in flow.on(self.rank)), on_progress)
 
+    def stage_seconds(self, name: str) -> float:
+        """Time of this rank's graphs of pattern `name` alone: no transfers, nothing else of a step."""
+        return sum(self.runner.seconds(launch.segment) for launch in self.flow(name).on(self.rank))
+
     def reset(self) -> None:
         """A generation begins: let transfers under way finish, then forget all values."""
         self._arrive()

@@ -18,10 +18,13 @@ from torch import Tensor
 from ..ir import BRANCHES, Branch, CallSignature
 from .transport import Channel, Incoming, Layout, Transport, allocate
 
-__all__ = ["MAX_MISSED", "Leaf", "Order", "OrderInbox", "OrderOutbox", "leaf_slots"]
+__all__ = ["MAX_MISSED", "TIMING", "Leaf", "Order", "OrderInbox", "OrderOutbox", "leaf_slots"]
 
 Leaf = tuple[Branch, str]
 """Branch and leaf path."""
+
+TIMING = -1
+"""Step number of an order to time the graphs of its pattern instead of running them; `following` numbers the answer."""
 
 MAX_MISSED = 64
 """Steps that one order can tell a worker to catch up with."""

@@ -147,10 +147,9 @@ class ParallelPipeline:
             )
         self._driver.use(plan)
 
-    @property
-    def executor(self) -> RankExecutor:
-        """Rank 0's."""
-        return self._executor
+    def stage_seconds(self, pattern: str) -> list[float]:
+        """Time of every rank's stage graphs of a step of `pattern`, without transfers; between generations only."""
+        return self._driver.stage_seconds(pattern)
 
     def bypassed(self) -> AbstractContextManager[None]:
         """A context in which the pipeline runs as if there were no plan."""
@@ -195,9 +194,7 @@ class ParallelPipeline:
             self._resources.callback(self._pool.close)
             captured = capture_for(plan, denoiser)  # while the workers import what they need
             self._hand_over(store, skeleton, tensors, timeout_s, backend)
-        executor = self._executor = RankExecutor(
-            plan, denoiser, captured, rank=0, transport=self._transport, backend=backend
-        )
+        executor = RankExecutor(plan, denoiser, captured, rank=0, transport=self._transport, backend=backend)
         report = on_progress or (lambda what, done, total: None)
         executor.prepare(lambda done, total: report("building stage graphs", done, total))
         if self._pool is not None:

@@ -27,9 +27,9 @@ import torch.distributed as dist
 
 from ..ir import WorkerError
 
-__all__ = ["FAILED", "JOINED", "READY", "WorkerPool", "open_store", "read_frame"]
+__all__ = ["FAILED", "JOINED", "READY", "TIMED", "WorkerPool", "open_store", "read_frame"]
 
-JOINED, READY, FAILED = "joined", "ready", "failed"
+JOINED, READY, FAILED, TIMED = "joined", "ready", "failed", "timed"
 """Keys, followed by `/rank`, that workers set in the store."""
 
 _FRAME = struct.Struct("<q")
@@ -150,6 +150,10 @@ class WorkerPool:
             if waiting and time.monotonic() > deadline:
                 raise self.failure("starting", silent=waiting, timeout_s=timeout_s)
             time.sleep(0.01)
+
+    def answer(self, key: str) -> str:
+        """What a worker has set `key` in the store to, waiting for it."""
+        return self._store.get(key).decode()
 
     def failure(
         self, doing: str, *, silent: Sequence[int] = (), timeout_s: float = 0.0, suspect: int | None = None

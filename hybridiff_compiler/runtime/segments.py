@@ -10,14 +10,14 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..backends import compile_stage
-from ..backends.cuda_graph import Recorder, Replay
+from ..backends.cuda_graph import Recorder, Replay, seconds_per_call
 from ..capture import CapturedDenoiser, StageGraph, capture
 from ..ir import WHOLE, Branch, CallSignature, Partition, Pattern, PlanMismatchError, Read, Segment, lower
 
@@ -47,6 +47,8 @@ class _Graph:
     inputs: tuple[str, ...]
     values_in: tuple[str, ...]
     values_out: tuple[str, ...]
+    specs: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    """Shape and dtype of every argument."""
 
 
 def scale_signature(signature: CallSignature, batch: int, factor: int) -> CallSignature:
@@ -196,11 +198,17 @@ class SegmentRunner:
             written = {slot: self._keep(slot, value) for slot, value in written.items()}
         return estimates, written
 
-    def replay_of(self, segment: Segment) -> Callable[[], None]:
-        """The bare replay of a segment's graph on whatever its static inputs hold; for timing."""
-        call = self._graph(segment).call
-        assert isinstance(call, Replay), "only recorded graphs can be replayed"
-        return call.replay
+    @torch.no_grad()
+    def seconds(self, segment: Segment, repeats: int = 20) -> float:
+        """Time of one evaluation of a segment's bare graph, as it runs here: device time on CUDA, else wall time."""
+        graph = self._graph(segment)
+        run: Callable[[], object]
+        if isinstance(graph.call, Replay):
+            run = graph.call.replay
+        else:
+            arguments = [torch.ones(shape, dtype=dtype, device=self._device) for shape, dtype in graph.specs]
+            run = partial(graph.call, *arguments)
+        return seconds_per_call(run, self._device, repeats)
 
     def _keep(self, slot: Slot, value: Tensor) -> Tensor:
         """A copy of `value` that lasts until the slot is written for the second next time.
@@ -235,9 +243,10 @@ class SegmentRunner:
             taps = [name for branch, name in self.values_written(segment) if branch == segment.branches[0]]
             stage = self.captured(len(segment.branches)).extract(names, taps)
             call = compile_stage(stage, self._backend)
+            specs = _argument_specs(stage)
             if self._recorder is not None:
-                call = Replay(call, _argument_specs(stage), self._device, self._recorder)
-            self._graphs[key] = _Graph(call, stage.inputs, stage.values_in, stage.values_out)
+                call = Replay(call, specs, self._device, self._recorder)
+            self._graphs[key] = _Graph(call, stage.inputs, stage.values_in, stage.values_out, specs)
         return self._graphs[key]
 
     def captured(self, branches: int = 1) -> CapturedDenoiser:
@@ -256,6 +265,6 @@ class SegmentRunner:
         return self._captures[branches]
 
 
-def _argument_specs(stage: StageGraph) -> list[tuple[tuple[int, ...], torch.dtype]]:
+def _argument_specs(stage: StageGraph) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
     values = [node.meta["val"] for node in stage.module.graph.nodes if node.op == "placeholder"]
-    return [(tuple(value.shape), value.dtype) for value in values]
+    return tuple((tuple(value.shape), value.dtype) for value in values)

@@ -25,8 +25,8 @@ from ..ir import Plan
 from .connect import connect
 from .executor import RankExecutor, capture_for
 from .handover import raw_bytes, unpack_skeleton
-from .orders import Order, OrderInbox
-from .processes import FAILED, JOINED, READY, read_frame
+from .orders import TIMING, Order, OrderInbox
+from .processes import FAILED, JOINED, READY, TIMED, read_frame
 from .settings import NumericSettings
 from .transport import PeerError
 
@@ -67,6 +67,10 @@ class _Worker:
             self._follow(inbox.receive(), executor, inbox, names)
 
     def _follow(self, order: Order, executor: RankExecutor, inbox: OrderInbox, names: list[str]) -> None:
+        if order.step == TIMING and order.pattern is not None:
+            seconds = executor.stage_seconds(names[order.pattern])
+            self._store.set(f"{TIMED}/{order.following}/{self._rank}", str(seconds))
+            return
         self.step = order.step
         if order.generation != self._generation:
             self._generation = order.generation

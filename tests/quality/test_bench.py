@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hybridiff_compiler.ir import UsageError
+from hybridiff_compiler.ir import InputError, UsageError
 from hybridiff_compiler.quality import architectures
 from hybridiff_compiler.quality.bench import ROWS, Bench, bench_results
 
@@ -35,6 +35,9 @@ def test_rows_of_random_architectures(name):
     assert by_name["single-eager"].speedup_vs_eager == 1
     assert by_name["branch"].patterns == {"branch": 6}
     assert by_name["branch"].bytes_per_step > 1000
+    assert by_name["branch"].stage_s["branch"] > 0
+    assert by_name["planned-reuse"].stage_s["reuse"] == 0
+    assert by_name["single-eager"].overhead_fraction is None
     assert by_name["planned-reuse"].patterns == {"branch": 4, "reuse": 2}
     if name == "sd3":
         assert by_name["single-compiled"].speedup_vs_strong == 1
@@ -47,6 +50,9 @@ def test_rows_of_random_architectures(name):
 def test_unknown_names_are_refused():
     with pytest.raises(UsageError, match="sdxl, sd3"):
         architectures.random_model("dalle", device="cpu", dtype=torch.float32)
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="no CUDA device"):
+            architectures.random_model("sd3", device="cuda", dtype=torch.float16)
     model = architectures.random_model("sd3", device="cpu", dtype=torch.float32)
     with pytest.raises(UsageError, match="unknown rows"):
         Bench(model.pipe, {}, name="sd3", pixels=64, rows=("fastest",))

@@ -91,6 +91,16 @@ def test_inputs_may_travel_apart_from_their_order(
     assert two_ranks.transport.sent_messages[Channel.INPUTS] > before
 
 
+def test_stage_times_of_all_ranks(pipe2: TinyPipeline, two_ranks: ParallelPipeline, simulate: Simulate) -> None:
+    plan = two_ranks.plan.with_steps(("branch",) * 8)
+    two_ranks.use(plan)
+    expected = simulate(plan, 6)
+    for _ in range(2):
+        assert all(seconds > 0 for seconds in two_ranks.stage_seconds("paper"))
+        assert two_ranks.stage_seconds("single")[1] == 0
+        assert torch.equal(pipe2(6), expected)
+
+
 def test_gpu_plans_need_the_gpus() -> None:
     pipe = TinyPipeline()
     plan = tiny_plan(pipe)
