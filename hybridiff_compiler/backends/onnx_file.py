@@ -25,6 +25,7 @@ __all__ = ["OPSET", "OnnxFiles", "export_onnx", "missing_exporter"]
 
 OPSET = 20
 _aten = torch.ops.aten
+_CONCATENATIONS = {_aten.cat.default, _aten.concat.default, _aten.concatenate.default}
 
 
 class OnnxFiles:
@@ -127,7 +128,7 @@ def _with_equal_concatenations(module: fx.GraphModule) -> fx.GraphModule:
 
     The exporter leaves such casts out, and TensorRT then refuses the network.
     """
-    mixed = [node for node in module.graph.nodes if node.target is _aten.cat.default and _cat_dtypes(node) > 1]
+    mixed = [node for node in module.graph.nodes if node.target in _CONCATENATIONS and _cat_dtypes(node) > 1]
     if not mixed:
         return module
     graph = fx.Graph()

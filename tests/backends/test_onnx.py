@@ -7,9 +7,11 @@ import torch
 from bundle.small import PlainDenoiser
 from runtime.tiny import WIDTH
 
+from hybridiff_compiler.backends.artifact import artifact_backend
 from hybridiff_compiler.backends.onnx_file import export_onnx
 from hybridiff_compiler.backends.onnx_weights import WEIGHTS_FILE, OnnxWeights
 from hybridiff_compiler.backends.stage_io import stage_inputs, stage_outputs, stage_weights
+from hybridiff_compiler.backends.tensorrt import build_engine
 from hybridiff_compiler.capture import capture
 from hybridiff_compiler.ir import InputError
 
@@ -17,13 +19,13 @@ from hybridiff_compiler.ir import InputError
 class Joining(torch.nn.Module):
     """Concatenates two dtypes, as the embeddings of SDXL in half precision do."""
 
-    def __init__(self):
+    def __init__(self, join):
         super().__init__()
-        self.linear = torch.nn.Linear(16, 4)
+        self.linear, self.join = torch.nn.Linear(16, 4), join
 
     def forward(self, sample, other):
         """(B, 8) of two dtypes -> (B, 4)."""
-        return self.linear(torch.cat([sample, other], 1).to(self.linear.weight.dtype)) + other[:, :4]
+        return self.linear(self.join([sample, other], 1).to(self.linear.weight.dtype)) + other[:, :4]
 
 
 def whole(denoiser, *arguments):
@@ -72,10 +74,21 @@ def test_half_precision(need, arguments, tmp_path, dtype, tolerance):
     assert (got - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-def test_concatenation_of_two_dtypes(need, arguments, tmp_path):
+@pytest.mark.parametrize("join", [torch.cat, torch.concat], ids=["cat", "concat"])
+def test_concatenation_of_two_dtypes(need, arguments, tmp_path, join):
+    """torch casts by itself; the file must say so, or TensorRT refuses it."""
+    import onnx
+
     backend = need("onnx")
-    stage = whole(Joining().half(), torch.zeros(2, 8, dtype=torch.float16), torch.zeros(2, 8))
+    stage = whole(Joining(join).half(), torch.zeros(2, 8, dtype=torch.float16), torch.zeros(2, 8))
     file = export_onnx(stage, tmp_path / "stage.onnx", OnnxWeights(tmp_path))
+    graph = onnx.shape_inference.infer_shapes(onnx.load(file)).graph
+    dtypes = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.input)}
+    (concat,) = (node for node in graph.node if node.op_type == "Concat")
+    assert {dtypes[name] for name in concat.input} == {onnx.TensorProto.FLOAT}
+    if artifact_backend("tensorrt-rtx").missing() is None:
+        library = artifact_backend("tensorrt-rtx").library()
+        assert build_engine(library, file, "sm_89", stage_inputs(stage), stage_outputs(stage))
     given = arguments(stage)
     with torch.no_grad():
         expected = stage.module(*given)
