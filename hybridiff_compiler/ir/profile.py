@@ -179,9 +179,9 @@ class Compounding(Data):
 
     @property
     def reserve_db(self) -> float:
-        """What the planner keeps in reserve for the mean over other prompts: the one-sided 95 % bound of the
-        prediction's error, from the curve's residuals and the finite number of prompts that it was made on."""
-        sampling = self.prompt_std_db / math.sqrt(self.prompts) if self.prompts else 0.0
+        """What the planner keeps in reserve for the mean over equally many other prompts: the one-sided 95 % bound of
+        the difference between prediction and measurement, from the curve's residuals and two samples of prompts."""
+        sampling = self.prompt_std_db * math.sqrt(2 / self.prompts) if self.prompts else 0.0
         return _ONE_SIDED_95 * math.hypot(self.residual_db, sampling)
 
 

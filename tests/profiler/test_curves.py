@@ -44,7 +44,7 @@ def test_compounding_follows_the_schedules():
     assert fit.knots == ((20.0, 23.0), (26.0, 32.0), (32.0, 38.0), (38.0, 44.0))
     assert fit.residual_db == pytest.approx(0, abs=1e-9)
     assert fit.prompt_std_db == pytest.approx(2.0)
-    assert fit.reserve_db == pytest.approx(1.645 * 2.0 / math.sqrt(2))
+    assert fit.reserve_db == pytest.approx(1.645 * 2.0)
     assert fit.psnr_db(10 ** (-29 / 20)) == pytest.approx(35.0)
     assert fit.psnr_db(10 ** (-44 / 20)) == pytest.approx(50.0)
     assert fit.psnr_db(10 ** (-18 / 20)) == pytest.approx(21.0)

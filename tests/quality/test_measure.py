@@ -58,8 +58,8 @@ def test_a_plan_is_refused_for_another_call(generation, exact_plan):
 def test_contenders_have_rows_of_equal_cost(profile):
     rows = {row.name: row.plan for row in contenders(profile)}
     assert list(rows) == [
-        "branch", "paper", "planned-as-paper", "planned-30", "fewer-steps-30", "alternating-reuse-30", "planned-35", "fewer-steps-35",
-        "alternating-reuse-35", "planned-40",
+        "branch", "paper", "planned-as-paper", "planned-30", "fewer-steps-30", "alternating-reuse-30", "planned-35",
+        "fewer-steps-35", "alternating-reuse-35", "planned-40",
     ]
     fewer = rows["fewer-steps-30"]
     assert fewer.is_exact
