@@ -15,8 +15,8 @@ from hybridiff_compiler.ir import Plan
 from hybridiff_compiler.report import Results
 
 ROWS = [
-    "single", "branch", "paper", "planned-as-paper", "planned-30", "fewer-steps-30", "alternating-reuse-30", "planned-35",
-    "fewer-steps-35", "alternating-reuse-35", "planned-40",
+    "single", "branch", "paper", "planned-as-paper", "planned-30", "fewer-steps-30", "alternating-reuse-30",
+    "planned-35", "fewer-steps-35", "alternating-reuse-35", "planned-40",
 ]
 
 
