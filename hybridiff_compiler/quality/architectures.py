@@ -11,9 +11,9 @@ import torch
 from ..ir import InputError, UsageError
 from ..runtime.intercept import find_denoiser
 
-__all__ = ["ARCHITECTURES", "RandomModel", "random_model"]
+__all__ = ["ARCHITECTURES", "SD3_TRANSFORMER", "SDXL_UNET", "RandomModel", "random_model"]
 
-_SDXL_UNET: Mapping[str, Any] = {
+SDXL_UNET: Mapping[str, Any] = {
     "sample_size": 128,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -30,7 +30,7 @@ _SDXL_SCHEDULER: Mapping[str, Any] = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
     "timestep_spacing": "leading",
 }
-_SD3_TRANSFORMER: Mapping[str, Any] = {
+SD3_TRANSFORMER: Mapping[str, Any] = {
     "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,
     "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096,
     "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "pos_embed_max_size": 192,
@@ -85,7 +85,7 @@ def _sdxl(device: str, dtype: torch.dtype) -> RandomModel:
 
     pipe = StableDiffusionXLPipeline(
         vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
-        unet=_build(lambda: UNet2DConditionModel(**_SDXL_UNET), device, dtype),
+        unet=_build(lambda: UNet2DConditionModel(**SDXL_UNET), device, dtype),
         scheduler=EulerDiscreteScheduler(**_SDXL_SCHEDULER), add_watermarker=False,
     )
     return RandomModel(pipe, tokens=77, width=2048, pooled=1280)
@@ -95,7 +95,7 @@ def _sd3(device: str, dtype: torch.dtype) -> RandomModel:
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     pipe = StableDiffusion3Pipeline(
-        transformer=_build(lambda: SD3Transformer2DModel(**_SD3_TRANSFORMER), device, dtype),
+        transformer=_build(lambda: SD3Transformer2DModel(**SD3_TRANSFORMER), device, dtype),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=None, text_encoder=None, tokenizer=None,
         text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
     )

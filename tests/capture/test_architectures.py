@@ -8,33 +8,7 @@ import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 
 from hybridiff_compiler.capture import capture, meta_denoiser
-
-SDXL = {
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-SD3_MEDIUM = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 192,
-}
+from hybridiff_compiler.quality.architectures import SD3_TRANSFORMER, SDXL_UNET
 
 
 def half(*shape):
@@ -43,7 +17,7 @@ def half(*shape):
 
 @pytest.fixture(scope="module")
 def sdxl():
-    denoiser = meta_denoiser(UNet2DConditionModel, SDXL, torch.float16)
+    denoiser = meta_denoiser(UNet2DConditionModel, dict(SDXL_UNET), torch.float16)
     call = {"sample": half(1, 4, 128, 128), "timestep": torch.tensor(981), "encoder_hidden_states": half(1, 77, 2048)}
     added = {"text_embeds": half(1, 1280), "time_ids": half(1, 6)}
     return denoiser, capture(denoiser, (), {**call, "added_cond_kwargs": added, "return_dict": False})
@@ -51,7 +25,7 @@ def sdxl():
 
 @pytest.fixture(scope="module")
 def sd3():
-    denoiser = meta_denoiser(SD3Transformer2DModel, SD3_MEDIUM, torch.float16)
+    denoiser = meta_denoiser(SD3Transformer2DModel, dict(SD3_TRANSFORMER), torch.float16)
     call = {"hidden_states": half(1, 16, 128, 128), "timestep": half(1), "pooled_projections": half(1, 2048)}
     return denoiser, capture(denoiser, (), {**call, "encoder_hidden_states": half(1, 333, 4096), "return_dict": False})
 
