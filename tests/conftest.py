@@ -5,6 +5,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("USE_FLAX", "0")
 
+import signal
+
 import pytest
 import torch
 
@@ -14,6 +16,9 @@ from hybridiff_compiler.ir.schedule import FixedSchedule, parse_steps
 from hybridiff_compiler.profiler.generate import FirstCall, Generation
 from hybridiff_compiler.runtime.intercept import find_denoiser
 from hybridiff_compiler.runtime.segments import capture_branch
+
+# A shell that starts the tests in the background makes them ignore Ctrl-C, and their subprocesses too; some test it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # two cores, several test processes: more threads only wait for each other
 

@@ -94,8 +94,16 @@ class ProfileSession:
         Raises:
             PlanMismatchError: `known` is for another denoiser, step count, scheduler or guidance scale.
         """
-        for parameter in self._denoiser.parameters():
+        trainable = [parameter for parameter in self._denoiser.parameters() if parameter.requires_grad]
+        for parameter in trainable:  # gradients are wanted of the latents alone
             parameter.requires_grad_(False)
+        try:
+            return self._measure(tables, proposals, known)
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+
+    def _measure(self, tables: Tables, proposals: Proposals, known: Profile | None) -> Profile:
         first = FirstCall()
         self._generation.latents(self._prompts[:1], first)
         signature, call = first.require()

@@ -34,9 +34,9 @@ def whole(denoiser, *arguments):
 
 def test_stages_of_the_bundled_models(bench, split, need, arguments, tmp_path):
     """Both stages, checked and run, with weights in one file that holds every tensor once."""
+    backend, weights = need("onnx"), OnnxWeights(tmp_path)
     import onnx
 
-    backend, weights = need("onnx"), OnnxWeights(tmp_path)
     for index, stage in enumerate(split):
         file = export_onnx(stage, tmp_path / f"{index}.onnx", weights)
         model = onnx.load(file, load_external_data=False)
@@ -77,9 +77,9 @@ def test_half_precision(need, arguments, tmp_path, dtype, tolerance):
 @pytest.mark.parametrize("join", [torch.cat, torch.concat], ids=["cat", "concat"])
 def test_concatenation_of_two_dtypes(need, arguments, tmp_path, join):
     """torch casts by itself; the file must say so, or TensorRT refuses it."""
+    backend = need("onnx")
     import onnx
 
-    backend = need("onnx")
     stage = whole(Joining(join).half(), torch.zeros(2, 8, dtype=torch.float16), torch.zeros(2, 8))
     file = export_onnx(stage, tmp_path / "stage.onnx", OnnxWeights(tmp_path))
     graph = onnx.shape_inference.infer_shapes(onnx.load(file)).graph

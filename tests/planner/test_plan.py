@@ -187,10 +187,10 @@ def test_without_leaves_families_out(profile: Profile) -> None:
 
 
 def test_device_follows_the_profile_unless_told(profile: Profile) -> None:
-    cpu = profile.model_copy(update={"provenance": profile.provenance.model_copy(update={"threads": 1})})
-    assert [r.device for r in plan(cpu, policy="exact").ranks] == ["cpu", "cpu"]
-    assert [r.device for r in plan(profile, policy="exact").ranks] == ["cuda", "cuda"]
-    assert [r.device for r in plan(profile, policy="exact", device="cpu").ranks] == ["cpu", "cpu"]
+    cuda = profile.model_copy(update={"provenance": profile.provenance.model_copy(update={"device_type": "cuda"})})
+    assert [r.device for r in plan(profile, policy="exact").ranks] == ["cpu", "cpu"]
+    assert [r.device for r in plan(cuda, policy="exact").ranks] == ["cuda", "cuda"]
+    assert [r.device for r in plan(cuda, policy="exact", device="cpu").ranks] == ["cpu", "cpu"]
 
 
 @pytest.mark.parametrize(

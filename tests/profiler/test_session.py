@@ -76,6 +76,7 @@ def test_the_pipeline_is_left_as_it_was(bench, profile):
     plain = bench.image(steps=3)
     assert torch.isfinite(plain).all()
     assert "set_timesteps" not in vars(bench.pipe.scheduler)
+    assert all(parameter.requires_grad for parameter in bench.denoiser.parameters())
 
 
 def test_bad_input_is_refused(bench):
