@@ -65,7 +65,10 @@ def test_ctrl_c_ends_the_workers(tmp_path: Path) -> None:
     process = start(tmp_path, "loop")
     pids = first_lines(process)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    try:
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()  # a failure must not leave it looping; does nothing when it has ended
     assert "KeyboardInterrupt" in errors
     assert "WorkerError" not in errors
     wait_until_gone(pids)
