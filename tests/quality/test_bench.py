@@ -7,11 +7,11 @@ from hybridiff_compiler.ir import InputError, UsageError
 from hybridiff_compiler.quality import architectures
 from hybridiff_compiler.quality.bench import ROWS, Bench, bench_results
 
-SMALL_SDXL = architectures._SDXL_UNET | {
+SMALL_SDXL = architectures.SDXL_UNET | {
     "sample_size": 8, "block_out_channels": (32, 32, 32), "transformer_layers_per_block": (1, 1, 1),
     "attention_head_dim": (4, 4, 4), "cross_attention_dim": 2048, "norm_num_groups": 8,
 }
-SMALL_SD3 = architectures._SD3_TRANSFORMER | {
+SMALL_SD3 = architectures.SD3_TRANSFORMER | {
     "sample_size": 8, "num_layers": 4, "attention_head_dim": 8, "num_attention_heads": 2, "caption_projection_dim": 16,
     "pos_embed_max_size": 16,
 }
@@ -19,8 +19,8 @@ SMALL_SD3 = architectures._SD3_TRANSFORMER | {
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(architectures, "_SDXL_UNET", SMALL_SDXL)
-    monkeypatch.setattr(architectures, "_SD3_TRANSFORMER", SMALL_SD3)
+    monkeypatch.setattr(architectures, "SDXL_UNET", SMALL_SDXL)
+    monkeypatch.setattr(architectures, "SD3_TRANSFORMER", SMALL_SD3)
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3"])
