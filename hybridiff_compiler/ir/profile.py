@@ -196,6 +196,9 @@ class Profile(Document):
     num_steps: int = Field(ge=1)
     scheduler: str
     guidance_scale: float
+    noise_levels: tuple[float, ...] = ()
+    """Timestep of every step over the scheduler's `num_train_timesteps` (1: pure noise, towards 0: the image); empty
+    in profiles that did not record it."""
     guidance: Guidance | None = None
     partitions: tuple[Partition, ...] = ()
     patterns: tuple[Pattern, ...] = ()
@@ -223,6 +226,8 @@ class Profile(Document):
                     raise ValueError(
                         f"error curve of {errors.pattern!r} must have {self.num_steps} rows of equal length"
                     )
+        if self.noise_levels and len(self.noise_levels) != self.num_steps:
+            raise ValueError(f"noise_levels must have {self.num_steps} steps, got {len(self.noise_levels)}")
         if self.guidance is not None and any(len(row) != self.num_steps for row in self.guidance.rel_mae):
             raise ValueError(f"guidance curves must have {self.num_steps} steps")
         for partition in self.partitions:

@@ -14,12 +14,28 @@ from torch import Tensor
 from ..ir import BRANCHES, Branch, CallSignature, InputError
 from ..runtime.intercept import GuidedCall, StepHandler, intercept
 
-__all__ = ["FirstCall", "Generation", "prompts_digest"]
+__all__ = ["FirstCall", "Generation", "noise_levels", "prompts_digest"]
 
 
 def prompts_digest(prompts: Sequence[str]) -> str:
     """sha256 of the prompts in order."""
     return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+
+
+def noise_levels(scheduler: Any, num_steps: int) -> tuple[float, ...]:
+    """Timestep of each of the last `num_steps` steps over the number of training timesteps.
+
+    Args:
+        scheduler: after `set_timesteps`.
+        num_steps: steps that a generation runs (fewer than the scheduler has for image-to-image).
+
+    Returns:
+        One number per step, near 1 for pure noise; empty for a scheduler without `num_train_timesteps`.
+    """
+    trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
+    if not trained:
+        return ()
+    return tuple(float(f"{float(t) / trained:.6g}") for t in scheduler.timesteps[-num_steps:])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +68,13 @@ class FirstCall:
     def __init__(self) -> None:
         self.signature: CallSignature | None = None
         self.call: GuidedCall | None = None
+        self.num_steps = 0
         self._pair: dict[Branch, Tensor] = {}
         self._times: list[float] = []
 
     def start(self, num_steps: int, signature: CallSignature) -> bool:
         """See `StepHandler.start`."""
-        self.signature = signature
+        self.signature, self.num_steps = signature, num_steps
         return True
 
     def step(self, call: GuidedCall) -> Mapping[Branch, Tensor]:

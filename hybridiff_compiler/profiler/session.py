@@ -37,7 +37,7 @@ from .compounding import fit_compounding
 from .costs import measure_layers, measure_segments
 from .curves import error_curves
 from .decode import decoder_of
-from .generate import FirstCall, Generation, prompts_digest
+from .generate import FirstCall, Generation, noise_levels, prompts_digest
 from .linear import sampler_map
 from .record import Recorder, guided, options_of
 from .sensitivity import Sketches, propagate, pull_back_images
@@ -107,6 +107,7 @@ class ProfileSession:
         first = FirstCall()
         self._generation.latents(self._prompts[:1], first)
         signature, call = first.require()
+        levels = noise_levels(self._generation.pipe.scheduler, first.num_steps)
         self._progress("capture", 0, 1)
         bare = SegmentRunner(self._denoiser, signature, (), ())
         self._progress("capture", 1, 1)
@@ -134,10 +135,12 @@ class ProfileSession:
         if known is not None:
             return known.model_copy(update={
                 "model": self._model(runner.layers), "costs": costs, "provenance": self._provenance(),
-                "errors_provenance": known.errors_provenance or known.provenance,
+                "noise_levels": levels, "errors_provenance": known.errors_provenance or known.provenance,
             })
         profile = self._with_errors(costs, runner.layers)
-        return profile.model_copy(update={"compounding": self._fit(profile, proposals(profile))})
+        return profile.model_copy(update={
+            "noise_levels": levels, "compounding": self._fit(profile, proposals(profile)),
+        })
 
     def _check_same(self, known: Profile, graph: LayerGraph) -> None:
         pipe, generation = self._generation.pipe, self._generation

@@ -1,5 +1,7 @@
 """A whole profiling session on the bundled models with few steps: what it must hold, and what it refuses."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -37,6 +39,8 @@ def test_profile_is_complete(bench, profile):
     assert whole > 0
     assert profile.costs.stage_seconds("whole", (0,), 2) > whole
     assert len(profile.guidance.rel_mae) == 2
+    assert len(profile.noise_levels) == STEPS
+    assert all(1 >= a > b > 0 for a, b in itertools.pairwise(profile.noise_levels))
     cheap = {p.name for p in profile.patterns if not p.is_exact}
     assert set(profile.errors_by_pattern) == cheap
     assert all(value > 0 for e in profile.errors for c in e.curves for row in c.rmse for value in row)
