@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -14,9 +16,10 @@ from ..ir import Branch, CallSignature, FixedSchedule, Plan
 from .estimates import EstimateMemory
 from .executor import RankExecutor
 from .intercept import GuidedCall
-from .orders import MAX_MISSED, TIMING, Order, OrderOutbox
-from .processes import TIMED, WorkerPool
+from .orders import MAX_MISSED, TIMING, TRACING, Order, OrderOutbox
+from .processes import TIMED, TRACED, WorkerPool
 from .schedule_state import ScheduleState
+from .trace import RankTrace, merge_traces
 from .transport import PeerError, Transport
 from .watch import DeviceWatch
 
@@ -58,7 +61,7 @@ class Driver:
         self._outbox = None if transport is None else OrderOutbox(transport, plan.model.signature)
         self._index = {pattern.name: index for index, pattern in enumerate(plan.patterns)}
         self._missed: dict[int, list[int]] = {rank: [] for rank in range(1, plan.world_size)}
-        self._generation = self._timings = 0
+        self._generation = self._timings = self._traces = 0
         self._bypass = False
         self._said: set[str] = set()
 
@@ -89,6 +92,31 @@ class Driver:
             assert self._pool is not None
             seconds[rank] = float(self._pool.answer(f"{TIMED}/{self._timings}/{rank}"))
         return seconds
+
+    @contextmanager
+    def traced(self, target: Path) -> Iterator[None]:
+        """Record what all ranks do while open, and write `target` at the end."""
+        self._traces += 1
+        number, ranks = self._traces, range(1, self.plan.world_size)
+        own = RankTrace(next(self._denoiser.parameters()).device)
+        with tempfile.TemporaryDirectory() as folder:
+            for rank in ranks:
+                assert self._outbox is not None
+                assert self._pool is not None
+                self._pool.tell(f"{TRACED}/{number}", folder)
+                self._outbox.send(rank, Order(self._generation, TRACING, 0, number), ())
+                self._pool.answer(f"{TRACED}/{number}/{rank}/started")
+            own.start()
+            try:
+                yield
+            finally:
+                own.stop(Path(folder) / "0.json")
+                for rank in ranks:
+                    assert self._outbox is not None
+                    assert self._pool is not None
+                    self._outbox.send(rank, Order(self._generation, TRACING, 1, number), ())
+                    self._pool.answer(f"{TRACED}/{number}/{rank}")
+            merge_traces([Path(folder) / f"{rank}.json" for rank in (0, *ranks)], target)
 
     def start(self, num_steps: int, signature: CallSignature) -> bool:
         """See `StepHandler.start`: covered are calls of the plan's signature with the weights that the ranks hold."""

@@ -18,13 +18,16 @@ from torch import Tensor
 from ..ir import BRANCHES, Branch, CallSignature
 from .transport import Channel, Incoming, Layout, Transport, allocate
 
-__all__ = ["MAX_MISSED", "TIMING", "Leaf", "Order", "OrderInbox", "OrderOutbox", "leaf_slots"]
+__all__ = ["MAX_MISSED", "TIMING", "TRACING", "Leaf", "Order", "OrderInbox", "OrderOutbox", "leaf_slots"]
 
 Leaf = tuple[Branch, str]
 """Branch and leaf path."""
 
 TIMING = -1
 """Step number of an order to time the graphs of its pattern instead of running them; `following` numbers the answer."""
+
+TRACING = -2
+"""Step number of an order to start recording a trace (`pattern` 0) or to write it (1); `following` numbers it."""
 
 MAX_MISSED = 64
 """Steps that one order can tell a worker to catch up with."""

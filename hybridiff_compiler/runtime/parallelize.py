@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -150,6 +151,13 @@ class ParallelPipeline:
     def stage_seconds(self, pattern: str) -> list[float]:
         """Time of every rank's stage graphs of a step of `pattern`, without transfers; between generations only."""
         return self._driver.stage_seconds(pattern)
+
+    def traced(self, target: str | os.PathLike[str]) -> AbstractContextManager[None]:
+        """A context that records the kernels and transfers of all ranks, on one time axis, to `target`.
+
+        The file is a gzipped Chrome trace (`trace.json.gz`), for Perfetto or chrome://tracing. Only ranks of one host.
+        """
+        return self._driver.traced(Path(target))
 
     def bypassed(self) -> AbstractContextManager[None]:
         """A context in which the pipeline runs as if there were no plan."""

@@ -27,9 +27,9 @@ import torch.distributed as dist
 
 from ..ir import WorkerError
 
-__all__ = ["FAILED", "JOINED", "READY", "TIMED", "WorkerPool", "open_store", "read_frame"]
+__all__ = ["FAILED", "JOINED", "READY", "TIMED", "TRACED", "WorkerPool", "open_store", "read_frame"]
 
-JOINED, READY, FAILED, TIMED = "joined", "ready", "failed", "timed"
+JOINED, READY, FAILED, TIMED, TRACED = "joined", "ready", "failed", "timed", "traced"
 """Keys, followed by `/rank`, that workers set in the store."""
 
 _FRAME = struct.Struct("<q")
@@ -150,6 +150,10 @@ class WorkerPool:
             if waiting and time.monotonic() > deadline:
                 raise self.failure("starting", silent=waiting, timeout_s=timeout_s)
             time.sleep(0.01)
+
+    def tell(self, key: str, value: str) -> None:
+        """Set `key` in the store."""
+        self._store.set(key, value)
 
     def answer(self, key: str) -> str:
         """What a worker has set `key` in the store to, waiting for it."""

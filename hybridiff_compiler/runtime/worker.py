@@ -25,9 +25,10 @@ from ..ir import Plan
 from .connect import connect
 from .executor import RankExecutor, capture_for
 from .handover import raw_bytes, unpack_skeleton
-from .orders import TIMING, Order, OrderInbox
-from .processes import FAILED, JOINED, READY, TIMED, read_frame
+from .orders import TIMING, TRACING, Order, OrderInbox
+from .processes import FAILED, JOINED, READY, TIMED, TRACED, read_frame
 from .settings import NumericSettings
+from .trace import RankTrace
 from .transport import PeerError
 
 __all__ = ["main"]
@@ -43,6 +44,7 @@ class _Worker:
         self.step: int | None = None
         self._rank, self._start, self._skeleton, self._store = rank, start, skeleton, store
         self._generation = -1
+        self._trace: RankTrace | None = None
 
     @torch.no_grad()
     def serve(self) -> None:
@@ -71,6 +73,9 @@ class _Worker:
             seconds = executor.stage_seconds(names[order.pattern])
             self._store.set(f"{TIMED}/{order.following}/{self._rank}", str(seconds))
             return
+        if order.step == TRACING:
+            self._follow_trace(order)
+            return
         self.step = order.step
         if order.generation != self._generation:
             self._generation = order.generation
@@ -80,6 +85,17 @@ class _Worker:
         if order.pattern is not None:
             following = None if order.following is None else names[order.following]
             executor.run(names[order.pattern], following, inbox.inputs)
+
+    def _follow_trace(self, order: Order) -> None:
+        done = f"{TRACED}/{order.following}/{self._rank}"
+        if order.pattern == 0:
+            self._trace = RankTrace(torch.device(self._start["devices"][self._rank]))
+            self._trace.start()
+            self._store.set(f"{done}/started", "")
+        elif self._trace is not None:
+            trace, self._trace = self._trace, None
+            trace.stop(self._store.get(f"{TRACED}/{order.following}").decode() + f"/{self._rank}.json")
+            self._store.set(done, "")
 
 
 def main() -> None:

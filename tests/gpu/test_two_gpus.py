@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,3 +74,15 @@ def test_a_step_waits_for_nothing_and_reserves_nothing(
     for _ in range(20):
         model("a red apple")
     assert torch.cuda.memory_reserved() == reserved
+
+
+def test_a_trace_shows_both_gpus(model: GpuModel, parallel: ParallelPipeline, tmp_path: Path) -> None:
+    parallel.use(model.plan.with_steps(("branch",) * 8))
+    plain, target = model("a red apple"), tmp_path / "trace.json.gz"
+    with parallel.traced(target):
+        assert torch.equal(model("a red apple"), plain)
+    events = json.loads(gzip.decompress(target.read_bytes()))["traceEvents"]
+    kernels = [event for event in events if event.get("cat") == "kernel"]
+    spans = [[event["ts"] for event in kernels if event["pid"].startswith(f"rank {rank}")] for rank in range(2)]
+    assert all(spans)
+    assert max(map(min, spans)) < min(map(max, spans)), "both GPUs compute at the same time, on one axis"
