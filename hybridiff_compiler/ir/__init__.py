@@ -11,10 +11,12 @@ from .partition import WHOLE, Partition
 from .pattern import BRANCHES, Branch, Combine, Pattern, Read, Unit
 from .plan import Plan, PlanProvenance, Predictions, RankSpec
 from .profile import (
+    Broadcast,
     Compounding,
     Costs,
     ErrorCurve,
     Guidance,
+    LayerTiming,
     Link,
     ModelInfo,
     PatternErrors,
@@ -27,10 +29,10 @@ from .segment import Segment, lower
 from .signature import CallSignature, LeafSpec
 
 __all__ = [
-    "BRANCHES", "NEVER", "WHOLE", "AdaptiveSchedule", "AgeModel", "Ages", "Branch", "CallSignature", "Combine",
-    "Compounding", "Costs", "Data", "Document", "ErrorCurve", "FixedSchedule", "Guidance", "HybridiffError",
-    "InputError", "Layer", "LayerGraph", "LeafSpec", "Link", "ModelInfo", "Partition", "Pattern", "PatternErrors",
-    "Plan", "PlanMismatchError", "PlanProvenance", "Predictions", "Profile", "Provenance", "RankSpec", "Read",
-    "Schedule", "Segment", "StageCost", "TargetError", "Unit", "UsageError", "Value", "WorkerError", "check_reads",
-    "format_steps", "lower", "parse_steps", "write_text_atomically",
+    "BRANCHES", "NEVER", "WHOLE", "AdaptiveSchedule", "AgeModel", "Ages", "Branch", "Broadcast", "CallSignature",
+    "Combine", "Compounding", "Costs", "Data", "Document", "ErrorCurve", "FixedSchedule", "Guidance", "HybridiffError",
+    "InputError", "Layer", "LayerGraph", "LayerTiming", "LeafSpec", "Link", "ModelInfo", "Partition", "Pattern",
+    "PatternErrors", "Plan", "PlanMismatchError", "PlanProvenance", "Predictions", "Profile", "Provenance", "RankSpec",
+    "Read", "Schedule", "Segment", "StageCost", "TargetError", "Unit", "UsageError", "Value", "WorkerError",
+    "check_reads", "format_steps", "lower", "parse_steps", "write_text_atomically",
 ]

@@ -16,8 +16,8 @@ from .pattern import Pattern
 from .signature import CallSignature
 
 __all__ = [
-    "Compounding", "Costs", "ErrorCurve", "Guidance", "Link", "ModelInfo", "PatternErrors", "Profile", "Provenance",
-    "StageCost",
+    "Broadcast", "Compounding", "Costs", "ErrorCurve", "Guidance", "LayerTiming", "Link", "ModelInfo", "PatternErrors",
+    "Profile", "Provenance", "StageCost",
 ]
 
 
@@ -53,6 +53,10 @@ class Provenance(Data):
     prompts_sha256: str
     random_weights: bool = False
     """True when latency only is meaningful."""
+    estimated: str | None = None
+    """Null for measurements; otherwise how the times were estimated for `device`, which was not at hand."""
+    clocks_mhz: dict[str, int] = Field(default={})
+    """Clocks of the device by domain (`sm`, `sm_max`, `memory`), where its driver tells."""
 
 
 class StageCost(Data):
@@ -74,6 +78,55 @@ class Link(Data):
     target: int = Field(ge=0)
     latency_s: float = Field(ge=0)
     bytes_per_s: float = Field(gt=0)
+    spread: float = Field(default=0.0, ge=0)
+    """Relative inter-quartile range of repeated messages, median over the message sizes."""
+    residual: float = Field(default=0.0, ge=0)
+    """Relative distance of the measured times from the model, median over the message sizes."""
+    points: tuple[tuple[int, float], ...] = ()
+    """What was fitted: (bytes, median seconds)."""
+
+    def seconds(self, nbytes: int) -> float:
+        """Predicted time of one message."""
+        return self.latency_s + nbytes / self.bytes_per_s
+
+
+class Broadcast(Data):
+    """Alpha-beta model of one rank giving all `ranks` ranks the same bytes, until the last one has them."""
+
+    root: int = Field(ge=0)
+    ranks: int = Field(ge=2)
+    latency_s: float = Field(ge=0)
+    bytes_per_s: float = Field(gt=0)
+    spread: float = Field(default=0.0, ge=0)
+    """As in `Link`."""
+    residual: float = Field(default=0.0, ge=0)
+    """As in `Link`."""
+    points: tuple[tuple[int, float], ...] = ()
+    """As in `Link`."""
+
+
+class LayerTiming(Data):
+    """How layer times were measured, and how far to trust them."""
+
+    method: Literal["wall", "graph", "compiled", "eager-graph", "roofline"]
+    """`wall`: wall time inside the running whole (CPU). `graph`, `compiled`: events between layers inside one CUDA
+    graph of the whole, uncompiled or compiled. `eager-graph`: as `graph`, taken as shares of the compiled whole.
+    `roofline`: estimated from arithmetic and bytes."""
+    spread: dict[int, tuple[float, ...]] = Field(default={})
+    """Per batch and layer: relative inter-quartile range over the repeats."""
+    whole_s: dict[int, float] = Field(default={})
+    """Per batch: seconds of the whole, to which the layers' sum is scaled."""
+    raw_sum: dict[int, float] = Field(default={})
+    """Per batch: sum of the layers before that scaling, over `whole_s` (1: nothing to correct)."""
+    stage_residual: float | None = Field(default=None, ge=0)
+    """Largest relative distance between a measured stage and the sum of its layers, before the layers were fitted to
+    the stages."""
+    fitted_residual: float | None = Field(default=None, ge=0)
+    """The same after the fit."""
+    rounds: int = Field(default=0, ge=0)
+    """How often partitions were solved for and their stages measured until they stopped moving."""
+    settled: bool | None = None
+    """Whether they stopped."""
 
 
 class Costs(Data):
@@ -87,6 +140,13 @@ class Costs(Data):
     step_overhead_s: float = Field(default=0.0, ge=0)
     """Pipeline work per step outside the denoiser (scheduler, guidance arithmetic), on the driver."""
     links: tuple[Link, ...] = ()
+    """One per ordered pair of ranks: the two directions may differ."""
+    broadcasts: tuple[Broadcast, ...] = ()
+    """One per root."""
+    transport: Literal["", "gloo", "nccl"] = ""
+    """What the links were measured over; empty: not measured."""
+    timing: LayerTiming | None = None
+    """How `layers` came about; None in profiles from before this was noted."""
 
     def stage_seconds(self, partition: str, stages: tuple[int, ...], batch: int) -> float | None:
         """Measured time of a segment, or None when it was not measured."""

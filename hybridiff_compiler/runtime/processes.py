@@ -84,9 +84,11 @@ class WorkerPool:
     """The workers of one plan."""
 
     def __init__(
-        self, world_size: int, store: dist.TCPStore, *, threads: int, environment: Mapping[str, str] | None = None
+        self, world_size: int, store: dist.TCPStore, *, threads: int, environment: Mapping[str, str] | None = None,
+        module: str = "hybridiff_compiler.runtime.worker",
     ) -> None:
-        """Starts ranks 1 to `world_size - 1`, each with `threads` threads and the variables of `environment`."""
+        """Starts ranks 1 to `world_size - 1` as `python -m module`, each with `threads` threads and the variables of
+        `environment`."""
         self._store = store
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()
@@ -99,7 +101,7 @@ class WorkerPool:
         try:
             for rank in range(1, world_size):
                 output = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the pool
-                command = [sys.executable, "-m", "hybridiff_compiler.runtime.worker", f"--rank={rank}"]
+                command = [sys.executable, "-m", module, f"--rank={rank}"]
                 command += [f"--parent={os.getpid()}"] if tied else []
                 process = subprocess.Popen(
                     command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=variables,

@@ -31,7 +31,7 @@ from .settings import NumericSettings
 from .trace import RankTrace
 from .transport import PeerError
 
-__all__ = ["main"]
+__all__ = ["die_with", "exit_at_end_of_input", "main"]
 
 _STDIN = 0
 _PR_SET_PDEATHSIG = 1
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--parent", type=int)
     arguments = parser.parse_args()
     if arguments.parent is not None:
-        _die_with(arguments.parent)
+        die_with(arguments.parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
     if hasattr(signal, "SIGUSR1"):
@@ -114,7 +114,7 @@ def main() -> None:
         start, skeleton = json.loads(read_frame(_STDIN)), read_frame(_STDIN)
     except EOFError:
         return
-    threading.Thread(target=_exit_at_end_of_input, daemon=True).start()
+    threading.Thread(target=exit_at_end_of_input, daemon=True).start()
     NumericSettings(**start["settings"]).apply()
     torch.set_num_interop_threads(1)
     store = dist.TCPStore(
@@ -133,13 +133,14 @@ def main() -> None:
         os._exit(1)  # connections to peers may be stuck; nothing is left to tidy up
 
 
-def _exit_at_end_of_input() -> None:
+def exit_at_end_of_input() -> None:
+    """End this process, whatever it is doing, when its standard input closes (run it in a thread)."""
     while os.read(_STDIN, 4096):
         pass
     os._exit(0)
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Have the kernel kill this process when its parent dies, where it can (Linux)."""
     if not sys.platform.startswith("linux"):
         return
