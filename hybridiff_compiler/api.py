@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .ir import LayerGraph, Partition, Pattern, Profile, UsageError
@@ -22,6 +22,7 @@ def profile(
     probes: int = 4,
     images_per_batch: int = 8,
     quick: bool = False,
+    gpus: Iterable[int] = (1, 2, 4),
     errors_from: Profile | None = None,
     on_progress: Any = None,
     **options: Any,
@@ -39,20 +40,25 @@ def profile(
         probes: random image directions per prompt for the propagation of errors.
         images_per_batch: prompts generated together while errors are recorded.
         quick: at most four prompts, two probes and three ages: minutes become seconds, curves become rough.
+        gpus: the numbers of GPUs to plan for later: their ways to run a step are measured.
         errors_from: a profile of the same generations made on another device; only costs are measured then.
         on_progress: called with (stage, done, total).
         **options: further keyword arguments of the pipeline call (height, width, negative_prompt, ...).
 
     Raises:
-        UsageError: no prompts, or a number of steps below 3.
+        UsageError: no prompts, a number of steps below 3, or a number of GPUs out of range.
         InputError: the pipeline makes no guided calls, has no decoder, or its scheduler is stochastic.
         PlanMismatchError: `errors_from` is not for these generations.
     """
-    from .planner import candidate_partitions, generate_patterns, proposals
+    from .planner import candidate_partitions, measured_patterns, proposals
+    from .planner.worlds import check_gpus
     from .profiler import Generation, ProfileSession
 
     if num_inference_steps < 3:
         raise UsageError(f"got {num_inference_steps} steps; a schedule needs at least 3")
+    worlds = tuple(gpus)
+    for world in worlds:
+        check_gpus(world)
     session = ProfileSession(
         Generation(
             pipe=pipe, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed,
@@ -69,7 +75,7 @@ def profile(
     )
 
     def tables(graph: LayerGraph, costs: Sequence[float]) -> tuple[tuple[Partition, ...], tuple[Pattern, ...]]:
-        partitions = candidate_partitions(graph, costs)
-        return partitions, generate_patterns(partitions, 2)
+        partitions = candidate_partitions(graph, costs, worlds)
+        return partitions, measured_patterns(partitions, worlds)
 
     return session.measure(tables, proposals, errors_from)

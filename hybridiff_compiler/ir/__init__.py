@@ -5,6 +5,7 @@ Knows nothing of the rest of the package and imports neither torch nor diffusers
 
 from .ages import NEVER, AgeModel, Ages, check_reads
 from .data import Data, Document, write_text_atomically
+from .dryrun import dry_run
 from .errors import HybridiffError, InputError, PlanMismatchError, TargetError, UsageError, WorkerError
 from .layers import Layer, LayerGraph, Value
 from .partition import WHOLE, Partition
@@ -34,5 +35,5 @@ __all__ = [
     "InputError", "Layer", "LayerGraph", "LayerTiming", "LeafSpec", "Link", "ModelInfo", "Partition", "Pattern",
     "PatternErrors", "Plan", "PlanMismatchError", "PlanProvenance", "Predictions", "Profile", "Provenance", "RankSpec",
     "Read", "Schedule", "Segment", "StageCost", "TargetError", "Unit", "UsageError", "Value", "WorkerError",
-    "check_reads", "format_steps", "lower", "parse_steps", "write_text_atomically",
+    "check_reads", "dry_run", "format_steps", "lower", "parse_steps", "write_text_atomically",
 ]

@@ -7,17 +7,29 @@ the simpler schedules to compare with.
 
 from .cost import StepCost, step_cost
 from .partition import candidate_partitions, linear, nested, thin
-from .patterns import FAMILIES, Family, exact_patterns, family_of, generate_patterns, on_ranks
+from .patterns import (
+    FAMILIES,
+    Family,
+    exact_patterns,
+    family_of,
+    generate_patterns,
+    measured_patterns,
+    rank_free,
+)
+from .placement import on_ranks, placements
 from .problem import Problem
 from .proposals import proposals
 from .reference import alternating_plan, alternating_steps, fewer_steps
+from .rings import rings
 from .schedule import Frontier, solve_frontier
 from .solve import POLICIES, FrontierPoint, frontier, plan, plan_for_steps, solve_problem
 from .tables import StepTable, prune_dominated, schedule_errors, step_tables
+from .worlds import MAX_GPUS, stage_counts
 
 __all__ = [
-    "FAMILIES", "POLICIES", "Family", "Frontier", "FrontierPoint", "Problem", "StepCost", "StepTable",
+    "FAMILIES", "MAX_GPUS", "POLICIES", "Family", "Frontier", "FrontierPoint", "Problem", "StepCost", "StepTable",
     "alternating_plan", "alternating_steps", "candidate_partitions", "exact_patterns", "family_of", "fewer_steps",
-    "frontier", "generate_patterns", "linear", "nested", "on_ranks", "plan", "plan_for_steps", "proposals",
-    "prune_dominated", "schedule_errors", "solve_frontier", "solve_problem", "step_cost", "step_tables", "thin",
+    "frontier", "generate_patterns", "linear", "measured_patterns", "nested", "on_ranks", "placements", "plan",
+    "plan_for_steps", "proposals", "prune_dominated", "rank_free", "rings", "schedule_errors", "solve_frontier",
+    "solve_problem", "stage_counts", "step_cost", "step_tables", "thin",
 ]

@@ -1,13 +1,15 @@
 """Exact partitioners: where to divide a denoiser's layers so that the slowest rank is as fast as possible.
 
 `linear` cuts the layer order into contiguous stages; `nested` takes an inner run out of it, which for a U-Net follows
-its symmetry and so cuts far fewer bytes; `thin` is nested with a cheap outer stage, for patterns that reuse the inner
-one. Stages of a nested split feed each other in both directions: only stale edges make it schedulable.
+its symmetry and so cuts far fewer bytes (`rings` does so for more stages); `thin` is nested with a cheap outer stage,
+for patterns that reuse the inner one. Stages of a nested split feed each other in both directions: only stale edges
+make it schedulable.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +17,9 @@ from numpy.typing import NDArray
 
 from ..ir import InputError, LayerGraph, Link, Partition, UsageError
 from .crossing import bytes_in, bytes_out, live_seconds
+from .layer_times import check_costs, check_slack, inner_runs
+from .rings import rings
+from .worlds import stage_counts
 
 __all__ = ["candidate_partitions", "linear", "nested", "thin"]
 
@@ -44,7 +49,7 @@ def linear(
         UsageError: `stages` is below 1, or `costs` does not fit the graph.
         InputError: the graph has too few layers for so many stages.
     """
-    seconds = _check_costs(graph, costs)
+    seconds = check_costs(graph, costs)
     size, last = len(seconds), graph.names.index(graph.output)
     if stages < 1:
         raise UsageError(f"got {stages} stages; a partition has 1 or more")
@@ -92,7 +97,7 @@ def nested(
     runs = _Runs(graph, costs, link)
     slowest = np.maximum(runs.inner + runs.inward, runs.outer + runs.outward)
     slowest[~runs.allowed] = np.inf
-    return runs.choose(slowest <= slowest.min() * (1 + _check_slack(slack)), name)
+    return runs.choose(slowest <= slowest.min() * (1 + check_slack(slack)), name)
 
 
 def thin(
@@ -124,25 +129,32 @@ def thin(
             f"every inner run leaves at least {outer.min() / total:.0%} of the time outside, more than the {share:.0%} "
             "asked for; ask for a larger share"
         )
-    live = live_seconds(graph, _check_costs(graph, costs))
-    return runs.choose(fits & (live >= live[fits].max() * (1 - _check_slack(slack)) * (1 - 1e-12)), name)
+    live = live_seconds(graph, check_costs(graph, costs))
+    return runs.choose(fits & (live >= live[fits].max() * (1 - check_slack(slack)) * (1 - 1e-12)), name)
 
 
-def candidate_partitions(graph: LayerGraph, costs: Sequence[float]) -> tuple[Partition, ...]:
-    """The two-stage partitions worth measuring: `linear`, `nested` and `thin`, each distinct one once.
+def candidate_partitions(
+    graph: LayerGraph, costs: Sequence[float], gpus: int | Iterable[int] = 2
+) -> tuple[Partition, ...]:
+    """The partitions worth measuring for these numbers of GPUs: `linear`, `nested`, `thin`, `linear4`, `nested4`, ...
 
-    Stage 0 is the front or inner one, the last stage holds the output. A split that the graph does not allow is left
-    out, so a graph of one layer has no candidates.
+    The first three have two stages, the others as many as `stage_counts` names. Stage 0 is the front or inner one, the
+    last stage holds the output. Each distinct partition comes once, under its first name; a split that the graph does
+    not allow is left out, so a graph of one layer has no candidates.
 
     Raises:
-        UsageError: `costs` does not fit the graph.
+        UsageError: `costs` does not fit the graph, or a number of GPUs is out of range.
     """
-    _check_costs(graph, costs)
-    makers = (
-        lambda: linear(graph, costs),
-        lambda: nested(graph, costs, slack=BALANCE_SLACK),
-        lambda: thin(graph, costs, slack=THIN_SLACK),
-    )
+    check_costs(graph, costs)
+    makers: list[Callable[[], Partition]] = [
+        partial(linear, graph, costs),
+        partial(nested, graph, costs, slack=BALANCE_SLACK),
+        partial(thin, graph, costs, slack=THIN_SLACK),
+    ]
+    worlds = (gpus,) if isinstance(gpus, int) else tuple(gpus)
+    for stages in sorted({count for world in worlds for count in stage_counts(world)} - {2}):
+        makers.append(partial(linear, graph, costs, stages, name=f"linear{stages}"))
+        makers.append(partial(rings, graph, costs, stages, slack=BALANCE_SLACK))
     found: dict[tuple[tuple[str, ...], ...], Partition] = {}
     for make in makers:
         try:
@@ -159,7 +171,7 @@ class _Runs:
     """Times and bytes of every inner run `[i, j)`, as arrays indexed by its two borders."""
 
     def __init__(self, graph: LayerGraph, costs: Sequence[float], link: Link | None) -> None:
-        seconds = _check_costs(graph, costs)
+        seconds = check_costs(graph, costs)
         size = len(seconds)
         if size < 2:
             raise InputError(f"a graph of {size} layer cannot be divided; a nested split takes 2 layers or more")
@@ -172,7 +184,8 @@ class _Runs:
         self.inward, self.outward = _transfer(into, link), _transfer(out, link)
         self.crossing = into + out
         self.off_centre = np.abs(begin[:, None] - (self.total - begin[None, :]))
-        self.allowed = _inner_runs(graph)
+        strict, loose = inner_runs(graph)
+        self.allowed = strict if strict.any() else loose
 
     def choose(self, tied: NDArray[np.bool_], name: str) -> Partition:
         """The best of the `tied` runs: fewest bytes, most central, earliest, shortest."""
@@ -183,39 +196,8 @@ class _Runs:
         return Partition(name=name, stages=(self.names[i:j], self.names[:i] + self.names[j:]))
 
 
-def _inner_runs(graph: LayerGraph) -> NDArray[np.bool_]:
-    """Which runs may be inner: not empty, without the output, and without input layers where that leaves any."""
-    size = len(graph.layers)
-    fed = {consumer for value in graph.values for consumer in value.consumers}
-    is_output = np.array([name == graph.output for name in graph.names])
-    is_input = np.array([name not in fed for name in graph.names])
-    start, end = np.indices((size + 1, size + 1))
-
-    def without(layers: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        count = np.concatenate([[0], np.cumsum(layers)])
-        return count[end] == count[start]
-
-    allowed = (start < end) & without(is_output)
-    strict = allowed & without(is_input)
-    return strict if strict.any() else allowed
-
-
 def _transfer(nbytes: NDArray[np.int64], link: Link | None) -> NDArray[np.float64]:
     if link is None:
         return np.zeros(nbytes.shape)
     return np.where(nbytes > 0, link.latency_s + nbytes / link.bytes_per_s, 0.0)
 
-
-def _check_costs(graph: LayerGraph, costs: Sequence[float]) -> NDArray[np.float64]:
-    seconds = np.asarray(costs, dtype=float)
-    if seconds.shape != (len(graph.layers),):
-        raise UsageError(f"got costs of {seconds.size} layers, the graph has {len(graph.layers)}; give one per layer")
-    if not np.isfinite(seconds).all() or (seconds < 0).any():
-        raise UsageError("layer costs must be finite and not negative, in seconds")
-    return seconds
-
-
-def _check_slack(slack: float) -> float:
-    if slack < 0:
-        raise UsageError(f"got slack {slack:g}; it is a fraction of 0 or more")
-    return slack

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from ..ir import AdaptiveSchedule, InputError, Pattern, Profile
-from .patterns import family_of, generate_patterns, on_ranks
+from .patterns import family_of, generate_patterns
+from .placement import on_ranks
 
 __all__ = ["paper_schedule", "paper_window"]
 

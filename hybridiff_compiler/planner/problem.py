@@ -10,8 +10,10 @@ import numpy as np
 
 from ..ir import InputError, Pattern, Predictions, Profile, UsageError
 from .cost import StepCost, step_cost
-from .patterns import FAMILIES, check_gpus, exact_patterns, family_of, on_ranks
+from .patterns import FAMILIES, exact_patterns, family_of
+from .placement import placements
 from .tables import StepTable, schedule_errors, step_tables
+from .worlds import check_gpus
 
 __all__ = ["Problem"]
 
@@ -24,18 +26,18 @@ class Problem:
     ) -> None:
         """
         Args:
-            profile: measurements; its patterns are the candidates.
-            gpus: ranks, 1 or 2.
+            profile: measurements; its patterns are the candidates, on whichever ranks they are fastest.
+            gpus: ranks, 1 or more.
             without: families to leave out.
             extra: further candidates, `without` or not.
 
         Raises:
-            UsageError: `gpus` is not 1 or 2, or `without` names an unknown family.
+            UsageError: `gpus` is out of range, or `without` names an unknown family.
         """
         check_gpus(gpus)
         self.profile, self.gpus = profile, gpus
         exact = exact_patterns(gpus)
-        cheap = [on_ranks(pattern, gpus) for pattern in profile.patterns if not pattern.is_exact]
+        cheap = [_fastest(profile, placements(p, gpus)) for p in profile.patterns if not p.is_exact]
         self.excluded = _check_families(without, cheap)
         chosen = [*exact, *(p for p in cheap if family_of(p.name) not in self.excluded), *extra]
         self.patterns: tuple[Pattern, ...] = tuple({pattern.name: pattern for pattern in chosen}.values())
@@ -104,6 +106,10 @@ class Problem:
             ideal_speedup=self.ideal_speedup(steps), psnr_db=None if psnr is None or math.isinf(psnr) else psnr,
             target=target,
         )
+
+
+def _fastest(profile: Profile, placed: Sequence[Pattern]) -> Pattern:
+    return min(placed, key=lambda pattern: step_cost(profile, pattern).latency_s) if len(placed) > 1 else placed[0]
 
 
 def _check_families(without: Iterable[str], cheap: Sequence[Pattern]) -> frozenset[str]:

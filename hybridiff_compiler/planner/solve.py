@@ -23,11 +23,11 @@ from ..ir import (
     UsageError,
 )
 from ..ir.versions import installed_versions
-from .patterns import check_gpus
 from .policy import paper_schedule, paper_window
 from .problem import Problem
 from .schedule import Frontier, solve_frontier
 from .tables import prune_dominated
+from .worlds import check_gpus
 
 __all__ = ["POLICIES", "FrontierPoint", "frontier", "plan", "plan_for_steps", "solve_problem"]
 

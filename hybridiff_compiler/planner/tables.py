@@ -124,9 +124,10 @@ def schedule_errors(tables: Sequence[StepTable], choices: NDArray[np.int16]) -> 
 def prune_dominated(tables: Sequence[StepTable]) -> tuple[StepTable, ...]:
     """Leave out every table that another one beats: no slower, and no more error at any step and age.
 
-    Two tables are compared when the same things age in them, over the ages that both steps can meet (at step i nothing
-    is older than i). Of two equal ones the first stays; exact tables compete among themselves. What a pattern *renews*
-    for others is not weighed, so the frontier is the optimum over what is left. O(patterns^2 x steps x ages).
+    An exact table beats every cheap one that is no faster. Two others are compared when the same things age in them,
+    over the ages that both steps can meet (at step i nothing is older than i). Of two equal ones the first stays. What
+    a pattern *renews* for others is not weighed, so the frontier is the optimum over what is left.
+    O(patterns^2 x steps x ages).
     """
     kept: list[StepTable] = []
     for index, table in enumerate(tables):
@@ -137,8 +138,10 @@ def prune_dominated(tables: Sequence[StepTable]) -> tuple[StepTable, ...]:
 
 
 def _beats(rival: StepTable, table: StepTable, earlier: bool) -> bool:
-    if rival.pattern.is_exact != table.pattern.is_exact or rival.latency_s > table.latency_s:
+    if rival.latency_s > table.latency_s or (table.pattern.is_exact and not rival.pattern.is_exact):
         return False
+    if rival.pattern.is_exact and not table.pattern.is_exact:
+        return True
     better = rival.latency_s < table.latency_s
     for mine, theirs in (
         (rival.base, table.base), (rival.activations, table.activations), (rival.memory, table.memory)
