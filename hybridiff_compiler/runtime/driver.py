@@ -12,18 +12,22 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..ir import Branch, CallSignature, FixedSchedule, Plan
+from ..ir import Branch, CallSignature, FixedSchedule, Plan, PlanMismatchError
 from .estimates import EstimateMemory
-from .executor import RankExecutor
+from .executor import RankExecutors
 from .intercept import GuidedCall
 from .orders import MAX_MISSED, TIMING, TRACING, Order, OrderOutbox
-from .processes import TIMED, TRACED, WorkerPool
+from .processes import RESIZED, TIMED, TRACED, WorkerPool
 from .schedule_state import ScheduleState
+from .segments import batch_factor, scale_signature
 from .trace import RankTrace, merge_traces
 from .transport import PeerError, Transport
 from .watch import DeviceWatch
 
 __all__ = ["Driver"]
+
+_BUILD_TIMEOUT_S = 600.0
+"""Longest time for the workers to build graphs of another batch size; a dead one is noticed at once."""
 
 
 class Driver:
@@ -33,7 +37,7 @@ class Driver:
         self,
         plan: Plan,
         denoiser: nn.Module,
-        executor: RankExecutor,
+        executors: RankExecutors,
         *,
         transport: Transport | None,
         pool: WorkerPool | None,
@@ -44,7 +48,7 @@ class Driver:
         Args:
             plan: the tables.
             denoiser: whose weights the ranks hold.
-            executor: rank 0's.
+            executors: rank 0's.
             transport: to the workers; None in a world of one rank.
             pool: the workers, to find out why one failed; None in a world of one rank.
             close: ends the workers and removes the hooks; called when a step cannot be finished.
@@ -53,7 +57,8 @@ class Driver:
         self.plan = plan
         self.executed: list[str] = []
         """Pattern names of the current generation so far."""
-        self._denoiser, self._executor, self._transport, self._pool = denoiser, executor, transport, pool
+        self._denoiser, self._executors, self._transport, self._pool = denoiser, executors, transport, pool
+        self._executor, self._images = executors.at(1), 1
         self._close, self._watch = close, watch
         self._weights = _weights_key(denoiser)
         self._schedule = ScheduleState(plan.schedule)
@@ -61,7 +66,7 @@ class Driver:
         self._outbox = None if transport is None else OrderOutbox(transport, plan.model.signature)
         self._index = {pattern.name: index for index, pattern in enumerate(plan.patterns)}
         self._missed: dict[int, list[int]] = {rank: [] for rank in range(1, plan.world_size)}
-        self._generation = self._timings = self._traces = 0
+        self._generation = self._timings = self._traces = self._resizes = 0
         self._bypass = False
         self._said: set[str] = set()
 
@@ -122,8 +127,9 @@ class Driver:
         """See `StepHandler.start`: covered are calls of the plan's signature with the weights that the ranks hold."""
         if self._bypass:
             return False
-        mismatch = self.plan.model.signature.mismatch(signature)
-        if mismatch is not None:
+        images = batch_factor(self.plan.model.signature, signature)
+        if images is None:
+            mismatch = self.plan.model.signature.mismatch(signature)
             self._say_once(f"the plan does not cover this call ({mismatch}); it runs on one device, exactly")
             return False
         if _weights_key(self._denoiser) != self._weights:
@@ -131,6 +137,8 @@ class Driver:
                 "the denoiser's weights or modules changed after parallelize; it runs on one device, exactly, until "
                 "parallelize is called again"
             )
+            return False
+        if images != self._images and not self._resize(images):
             return False
         if num_steps != self.plan.num_steps:
             self._say_once(
@@ -147,6 +155,33 @@ class Driver:
             self._executor.reset()
         except BaseException as error:
             self._fail(error, "the start of a generation")
+        return True
+
+    def _resize(self, images: int) -> bool:
+        """Have all ranks go on with so many images per call; False: the denoiser does not allow it."""
+        if images not in self._executors:
+            self._say_once(
+                f"building graphs for {images} images at a time; parallelize(..., batch_sizes=[1, {images}]) has them "
+                "ready from the start"
+            )
+        try:
+            executor = self._executors.at(images)
+        except PlanMismatchError as error:
+            self._say_once(f"{error}; this call runs on one device, exactly")
+            return False
+        self._resizes += 1
+        try:
+            self._executor.reset()
+            if self._outbox is not None:
+                self._outbox.resize(
+                    self._resizes, images, scale_signature(self.plan.model.signature, 1, images)
+                )
+            executor.prepare()
+            if self._pool is not None:
+                self._pool.wait_for(f"{RESIZED}-{self._resizes}", timeout_s=_BUILD_TIMEOUT_S)
+        except BaseException as error:
+            self._fail(error, f"the preparation for {images} images at a time")
+        self._executor, self._images = executor, images
         return True
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -10,10 +11,10 @@ from ..backends.cuda_graph import Recorder, recorder_for
 from ..capture import CapturedDenoiser
 from ..ir import Branch, Plan, PlanMismatchError
 from .exchange import Exchange, Flow, Message, Slot
-from .segments import SegmentRunner, capture_branch
+from .segments import SegmentRunner, capture_branch, scale_signature
 from .transport import Channel, Incoming, Layout, Transport
 
-__all__ = ["RankExecutor", "capture_for"]
+__all__ = ["RankExecutor", "RankExecutors", "capture_for"]
 
 
 def capture_for(plan: Plan, denoiser: nn.Module) -> CapturedDenoiser:
@@ -43,24 +44,26 @@ class RankExecutor:
 
     def __init__(
         self, plan: Plan, denoiser: nn.Module, captured: CapturedDenoiser, *, rank: int, transport: Transport | None,
-        backend: str, recorder: Recorder | None = None,
+        backend: str, recorder: Recorder | None = None, images: int = 1,
     ) -> None:
         """No graph is built before `prepare` or the first `run`.
 
         Args:
             plan: the tables.
             denoiser: the network with its weights, which are used by reference.
-            captured: from `capture_for(plan, denoiser)`.
+            captured: the denoiser's graph at `images` images per branch (for one: `capture_for(plan, denoiser)`).
             rank: this rank.
             transport: to the other ranks; None in a world of one.
             backend: see `hybridiff_compiler.backends`.
             recorder: see `SegmentRunner`; default: CUDA graphs on CUDA.
+            images: per branch and call.
         """
         estimate = captured.graph_module.graph.output_node().all_input_nodes[0].meta["val"]
         self._estimate_spec = tuple(estimate.shape), estimate.dtype
         self.rank = rank
         self.runner = runner = SegmentRunner(
-            denoiser, plan.model.signature, plan.patterns, plan.partitions, backend=backend, captured=captured,
+            denoiser, scale_signature(plan.model.signature, 1, images), plan.patterns, plan.partitions, batch=images,
+            backend=backend, captured=captured,
             recorder=recorder or recorder_for(next(denoiser.parameters()).device),
         )
         self._transport = transport
@@ -195,3 +198,37 @@ class RankExecutor:
         if branches not in self._estimate_layouts:
             self._estimate_layouts[branches] = Layout([self._estimate_spec] * len(branches))
         return self._estimate_layouts[branches]
+
+
+class RankExecutors:
+    """One rank's executors by the number of images per call; each is made when it is first asked for."""
+
+    def __init__(
+        self, plan: Plan, denoiser: nn.Module, captured: CapturedDenoiser, *, rank: int, transport: Transport | None,
+        backend: str,
+    ) -> None:
+        """See `RankExecutor`; `captured` is the graph of one image."""
+        self._make = partial(RankExecutor, plan, denoiser, rank=rank, transport=transport, backend=backend)
+        self._plan, self._denoiser, self._layers = plan, denoiser, captured.layers
+        self._known = {1: self._make(captured)}
+
+    def __contains__(self, images: int) -> bool:
+        return images in self._known
+
+    def at(self, images: int) -> RankExecutor:
+        """The executor for so many images per call; its graphs are built by its `prepare`.
+
+        Raises:
+            PlanMismatchError: the denoiser's graph is another one at this batch size.
+        """
+        if images not in self._known:
+            captured = capture_branch(self._denoiser, scale_signature(self._plan.model.signature, 1, images))
+            if captured.layers.names != self._layers.names or (
+                [value.name for value in captured.layers.values] != [value.name for value in self._layers.values]
+            ):
+                raise PlanMismatchError(
+                    f"the denoiser's graph for {images} images at a time differs from the one for a single image; "
+                    "generate the images one by one"
+                )
+            self._known[images] = self._make(captured, images=images)
+        return self._known[images]

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..ir import BRANCHES, Branch, CallSignature
 from .transport import Channel, Incoming, Layout, Transport, allocate
 
-__all__ = ["MAX_MISSED", "TIMING", "TRACING", "Leaf", "Order", "OrderInbox", "OrderOutbox", "leaf_slots"]
+__all__ = ["MAX_MISSED", "RESIZING", "TIMING", "TRACING", "Leaf", "Order", "OrderInbox", "OrderOutbox", "leaf_slots"]
 
 Leaf = tuple[Branch, str]
 """Branch and leaf path."""
@@ -28,6 +28,10 @@ TIMING = -1
 
 TRACING = -2
 """Step number of an order to start recording a trace (`pattern` 0) or to write it (1); `following` numbers it."""
+
+RESIZING = -3
+"""Step number of an order to go on with `following` images per call. Another order follows in the old format, for the
+receive that waits already; all later ones are in the new format."""
 
 MAX_MISSED = 64
 """Steps that one order can tell a worker to catch up with."""
@@ -93,14 +97,29 @@ class OrderOutbox:
 
     def __init__(self, transport: Transport, signature: CallSignature) -> None:
         self._transport = transport
-        self._format = _Format(signature)
-        workers = range(1, transport.world_size)
-        self._buffers = {rank: [allocate(self._format.nbytes) for _ in range(2)] for rank in workers}
-        self._works: dict[int, list] = {rank: [None, None] for rank in workers}
+        self._works: dict[int, list] = {rank: [None, None] for rank in range(1, transport.world_size)}
         self._turn = 0
+        self._set_format(signature)
+
+    def _set_format(self, signature: CallSignature) -> None:
+        self._format = _Format(signature)
+        workers = range(1, self._transport.world_size)
+        self._buffers = {rank: [allocate(self._format.nbytes) for _ in range(2)] for rank in workers}
         self._seen: dict[Leaf, tuple[object, Tensor]] = {}
         self._version: dict[Leaf, int] = dict.fromkeys(self._format.leaves, 0)
         self._has: dict[int, dict[Leaf, int]] = {rank: dict.fromkeys(self._format.leaves, -1) for rank in workers}
+
+    def resize(self, generation: int, images: int, signature: CallSignature) -> None:
+        """Have all workers go on with calls of `signature`, which has `images` images per branch."""
+        for rank in range(1, self._transport.world_size):
+            for _ in range(2):
+                self.send(rank, Order(generation, RESIZING, None, images), ())
+        for rank, works in self._works.items():
+            for turn, work in enumerate(works):
+                if work is not None:
+                    self._transport.wait(work, rank, "sending to")
+                works[turn] = None
+        self._set_format(signature)
 
     def note(self, inputs: Mapping[Branch, Mapping[str, Tensor]]) -> None:
         """Look at a step's inputs: which leaves are not what they were.
@@ -167,12 +186,21 @@ class OrderInbox:
 
     def __init__(self, transport: Transport, signature: CallSignature) -> None:
         self._transport = transport
+        self._turn = 0
+        self.inputs: dict[Branch, dict[str, Tensor]] = {}
+        """Per branch: leaf path -> tensor, as far as they were ever sent."""
+        self._set_format(signature)
+
+    def _set_format(self, signature: CallSignature) -> None:
         self._format = _Format(signature)
         self._buffers = [allocate(self._format.nbytes) for _ in range(2)]
-        self._turn = 0
+        self.inputs = {branch: {} for branch in BRANCHES}
         self._next = self._ask()
-        self.inputs: dict[Branch, dict[str, Tensor]] = {branch: {} for branch in BRANCHES}
-        """Per branch: leaf path -> tensor, as far as they were ever sent."""
+
+    def resize(self, signature: CallSignature) -> None:
+        """After an order to do so: receive calls of `signature` from now on."""
+        self._next.wait()
+        self._set_format(signature)
 
     def receive(self) -> Order:
         """Wait for the next order and take in its leaves."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..ir import InputError, Plan, PlanMismatchError, UsageError
 from .connect import connect
 from .driver import Driver
-from .executor import RankExecutor, capture_for
+from .executor import RankExecutors, capture_for
 from .handover import pack_skeleton, raw_bytes
 from .intercept import find_denoiser, intercept, is_intercepted
 from .nccl import ENVIRONMENT, NcclTransport
@@ -46,6 +46,7 @@ def parallelize(
     timeout_s: float = 60.0,
     threads: int | None = None,
     backend: str | None = None,
+    batch_sizes: Sequence[int] = (1,),
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> ParallelPipeline:
     """Start the workers of `plan` and route the denoiser calls of `pipe` through it, until closed.
@@ -62,6 +63,7 @@ def parallelize(
             this process may use, divided by the number of ranks.
         backend: see `hybridiff_compiler.backends`; default: eager on CPUs, inductor on GPUs, where the graphs are
             always replayed as CUDA graphs.
+        batch_sizes: numbers of images per call to have graphs ready for; others are built when they first occur.
         on_progress: called with (what, done, total) while graphs are built, which can take minutes.
 
     Raises:
@@ -73,7 +75,8 @@ def parallelize(
 
     plan, backend = resolve_plan(plan, backend)
     return ParallelPipeline(
-        pipe, plan, devices=devices, timeout_s=timeout_s, threads=threads, backend=backend, on_progress=on_progress
+        pipe, plan, devices=devices, timeout_s=timeout_s, threads=threads, backend=backend, batch_sizes=batch_sizes,
+        on_progress=on_progress,
     )
 
 
@@ -82,13 +85,17 @@ class ParallelPipeline:
 
     def __init__(
         self, pipe: Any, plan: Plan, *, devices: Sequence[str | torch.device] | None, timeout_s: float,
-        threads: int | None, backend: str | None = None, on_progress: Callable[[str, int, int], None] | None = None,
+        threads: int | None, backend: str | None = None, batch_sizes: Sequence[int] = (1,),
+        on_progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         if timeout_s <= 0:
             raise UsageError(f"timeout_s must be positive, got {timeout_s}")
         threads = _threads_per_rank(plan.world_size) if threads is None else threads
         if threads < 1:
             raise UsageError(f"threads must be at least 1, got {threads}")
+        if not batch_sizes or min(batch_sizes) < 1:
+            raise UsageError(f"batch_sizes must be numbers of images, 1 or more, got {list(batch_sizes)}")
+        self._batch_sizes = sorted(set(batch_sizes))
         _, denoiser = find_denoiser(pipe)
         self._devices = assign_devices(plan, denoiser, devices)
         if is_intercepted(denoiser):
@@ -202,9 +209,10 @@ class ParallelPipeline:
             self._resources.callback(self._pool.close)
             captured = capture_for(plan, denoiser)  # while the workers import what they need
             self._hand_over(store, skeleton, tensors, timeout_s, backend)
-        executor = RankExecutor(plan, denoiser, captured, rank=0, transport=self._transport, backend=backend)
+        executors = RankExecutors(plan, denoiser, captured, rank=0, transport=self._transport, backend=backend)
         report = on_progress or (lambda what, done, total: None)
-        executor.prepare(lambda done, total: report("building stage graphs", done, total))
+        for images in self._batch_sizes:
+            executors.at(images).prepare(lambda done, total: report("building stage graphs", done, total))
         if self._pool is not None:
             self._pool.wait_for(READY, timeout_s=_START_TIMEOUT_S)
         watch = None
@@ -212,7 +220,7 @@ class ParallelPipeline:
             watch = DeviceWatch(self._pool, self._transport)
             self._resources.callback(watch.close)
         self._driver = Driver(
-            self.plan, denoiser, executor, transport=self._transport, pool=self._pool, close=self._finalizer,
+            self.plan, denoiser, executors, transport=self._transport, pool=self._pool, close=self._finalizer,
             watch=watch,
         )
         self._resources.enter_context(intercept(pipe, self._driver))
@@ -226,6 +234,7 @@ class ParallelPipeline:
         start = {
             "plan": plan.model_dump_json(), "host": "127.0.0.1", "port": store.port, "backend": backend,
             "settings": NumericSettings.current().to_json(), "devices": [str(device) for device in self._devices],
+            "batch_sizes": self._batch_sizes,
         }
         for rank in range(1, plan.world_size):
             pool.send_frame(rank, json.dumps(start).encode())

@@ -27,9 +27,9 @@ import torch.distributed as dist
 
 from ..ir import WorkerError
 
-__all__ = ["FAILED", "JOINED", "READY", "TIMED", "TRACED", "WorkerPool", "open_store", "read_frame"]
+__all__ = ["FAILED", "JOINED", "READY", "RESIZED", "TIMED", "TRACED", "WorkerPool", "open_store", "read_frame"]
 
-JOINED, READY, FAILED, TIMED, TRACED = "joined", "ready", "failed", "timed", "traced"
+JOINED, READY, FAILED, TIMED, TRACED, RESIZED = "joined", "ready", "failed", "timed", "traced", "resized"
 """Keys, followed by `/rank`, that workers set in the store."""
 
 _FRAME = struct.Struct("<q")

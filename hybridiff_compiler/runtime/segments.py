@@ -21,7 +21,8 @@ from ..backends.cuda_graph import Recorder, Replay, seconds_per_call
 from ..capture import CapturedDenoiser, StageGraph, capture
 from ..ir import WHOLE, Branch, CallSignature, Partition, Pattern, PlanMismatchError, Read, Segment, lower
 
-__all__ = ["SegmentRunner", "Slot", "ValueRead", "capture_branch", "example_call", "scale_signature"]
+__all__ = ["SegmentRunner", "Slot", "ValueRead", "batch_factor", "capture_branch", "example_call",
+           "scale_signature"]
 
 Slot = tuple[Branch, str]
 """Branch and value name: the key under which a value is kept."""
@@ -59,6 +60,15 @@ def scale_signature(signature: CallSignature, batch: int, factor: int) -> CallSi
         for leaf in signature.leaves
     )
     return CallSignature(leaves=leaves)
+
+
+def batch_factor(expected: CallSignature, got: CallSignature) -> int | None:
+    """Images per branch in `got` if it is `expected` (one image) at another batch size, else None."""
+    sizes = {g.shape[0] for e, g in zip(expected.leaves, got.leaves) if e.shape and g.shape and e.shape[0] == 1}
+    for factor in sorted(sizes):
+        if scale_signature(expected, 1, factor) == got:
+            return factor
+    return None
 
 
 def example_call(signature: CallSignature, device: torch.device | str) -> dict[str, Any]:

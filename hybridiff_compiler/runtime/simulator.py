@@ -16,7 +16,7 @@ from ..ir import Branch, CallSignature, Pattern, Plan, PlanMismatchError, lower
 from .estimates import EstimateMemory
 from .intercept import GuidedCall
 from .schedule_state import ScheduleState
-from .segments import SegmentRunner, Slot, scale_signature
+from .segments import SegmentRunner, Slot, batch_factor, scale_signature
 
 __all__ = ["Simulator", "run_pattern"]
 
@@ -82,7 +82,7 @@ class Simulator:
     def start(self, num_steps: int, signature: CallSignature) -> bool:
         """See `StepHandler.start`; every batch size of the plan's signature is covered."""
         expected = self.plan.model.signature
-        factor = _batch_factor(expected, signature)
+        factor = batch_factor(expected, signature)
         if factor is None:
             return False
         self._runner = self._runner_at(factor)
@@ -120,12 +120,3 @@ class Simulator:
                 )
             self._runners[factor] = runner
         return self._runners[factor]
-
-
-def _batch_factor(expected: CallSignature, got: CallSignature) -> int | None:
-    """Images per branch in `got` if it is `expected` (one image) at another batch size, else None."""
-    sizes = {g.shape[0] for e, g in zip(expected.leaves, got.leaves) if e.shape and g.shape and e.shape[0] == 1}
-    for factor in sorted(sizes):
-        if scale_signature(expected, 1, factor) == got:
-            return factor
-    return None

@@ -112,14 +112,14 @@ class TinyPipeline:
     @torch.no_grad()
     def __call__(
         self, prompt: int = 0, *, num_inference_steps: int = 8, guidance_scale: float = 3.0, size: int = SIZE,
-        tokens: int = TOKENS, code: float = 0.0, callback: Callable[[int], None] | None = None,
+        tokens: int = TOKENS, code: float = 0.0, images: int = 1, callback: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """Latents (1, 4, size, size) of the prompt with this number; `code` is one of the `FAIL_` codes."""
+        """Latents (images, 4, size, size) of the prompt with this number; `code` is one of the `FAIL_` codes."""
         generator = torch.Generator().manual_seed(prompt)
-        latents = torch.randn(1, 4, size, size, generator=generator)
-        embeddings = torch.randn(2, tokens, WIDTH, generator=generator)
+        latents = torch.randn(images, 4, size, size, generator=generator)
+        embeddings = torch.randn(2, tokens, WIDTH, generator=generator).repeat_interleave(images, 0)
         if code:
-            embeddings[1, 0, 0] = code
+            embeddings[images, 0, 0] = code
         guided = guidance_scale > 1
         self.scheduler.set_timesteps(num_inference_steps)
         for index, timestep in enumerate(self.scheduler.timesteps):

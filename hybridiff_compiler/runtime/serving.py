@@ -1,0 +1,101 @@
+"""What a rank other than the driver does: take the weights, build its graphs, and follow the driver's orders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..ir import Plan
+from .connect import connect
+from .executor import RankExecutor, RankExecutors, capture_for
+from .handover import raw_bytes, unpack_skeleton
+from .orders import RESIZING, TIMING, TRACING, Order, OrderInbox
+from .processes import JOINED, READY, RESIZED, TIMED, TRACED
+from .segments import scale_signature
+from .trace import RankTrace
+
+__all__ = ["Server"]
+
+
+class Server:
+    """One rank serving orders."""
+
+    def __init__(self, rank: int, start: dict[str, Any], skeleton: bytes, store: dist.Store) -> None:
+        """
+        Args:
+            rank: this rank, 1 or more.
+            start: the driver's start message (see `parallelize`).
+            skeleton: of the denoiser (see `handover`).
+            store: where ranks find each other and answer.
+        """
+        self.step: int | None = None
+        """The step that is or was computed last, for reports of failures."""
+        self._rank, self._start, self._skeleton, self._store = rank, start, skeleton, store
+        self._plan = Plan.parse(start["plan"], source="plan from the driver")
+        self._names = [pattern.name for pattern in self._plan.patterns]
+        self._device = torch.device(start["devices"][rank])
+        self._generation = -1
+        self._trace: RankTrace | None = None
+
+    @torch.no_grad()
+    def serve(self) -> None:
+        """Run orders for ever.
+
+        Raises:
+            PeerError: the driver is gone.
+        """
+        plan, store, rank = self._plan, self._store, self._rank
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        denoiser, tensors = unpack_skeleton(self._skeleton, self._device)
+        store.set(f"{JOINED}/{rank}", "")
+        transport = connect(store, rank, plan.world_size, timeout_s=None, device=self._device)
+        transport.broadcast([raw_bytes(tensor) for tensor in tensors if tensor.numel()])
+        executors = RankExecutors(
+            plan, denoiser, capture_for(plan, denoiser), rank=rank, transport=transport,
+            backend=self._start["backend"],
+        )
+        for images in self._start["batch_sizes"]:
+            executors.at(images).prepare()
+        inbox = OrderInbox(transport, plan.model.signature)
+        executor = executors.at(1)
+        store.set(f"{READY}/{rank}", "")
+        while True:
+            order = inbox.receive()
+            if order.step == RESIZING and order.following is not None:
+                executor.reset()
+                inbox.resize(scale_signature(plan.model.signature, 1, order.following))
+                executor = executors.at(order.following)
+                executor.prepare()
+                store.set(f"{RESIZED}-{order.generation}/{rank}", "")
+            elif order.step == TRACING:
+                self._follow_trace(order)
+            elif order.step == TIMING and order.pattern is not None:
+                seconds = executor.stage_seconds(self._names[order.pattern])
+                store.set(f"{TIMED}/{order.following}/{rank}", str(seconds))
+            else:
+                self._follow(order, executor, inbox)
+
+    def _follow(self, order: Order, executor: RankExecutor, inbox: OrderInbox) -> None:
+        self.step = order.step
+        if order.generation != self._generation:
+            self._generation = order.generation
+            executor.reset()
+        for pattern in order.missed:
+            executor.skip(self._names[pattern])
+        if order.pattern is not None:
+            following = None if order.following is None else self._names[order.following]
+            executor.run(self._names[order.pattern], following, inbox.inputs)
+
+    def _follow_trace(self, order: Order) -> None:
+        done = f"{TRACED}/{order.following}/{self._rank}"
+        if order.pattern == 0:
+            self._trace = RankTrace(self._device)
+            self._trace.start()
+            self._store.set(f"{done}/started", "")
+        elif self._trace is not None:
+            trace, self._trace = self._trace, None
+            trace.stop(self._store.get(f"{TRACED}/{order.following}").decode() + f"/{self._rank}.json")
+            self._store.set(done, "")
