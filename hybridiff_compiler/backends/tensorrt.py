@@ -20,7 +20,7 @@ from ..ir import InputError, UsageError
 from .artifact import Executable, Job
 from .onnx_file import export_onnx, missing_exporter
 from .onnx_weights import OnnxWeights
-from .stage_io import TensorSpec, example_arguments, stage_inputs, stage_outputs
+from .stage_io import StageInterface, TensorSpec, example_arguments, stage_inputs, stage_outputs
 from .target import Target, cuda_arch
 
 __all__ = ["RTX_ARCHITECTURES", "TensorRt", "TensorRtRtx", "build_engine", "load_library"]
@@ -67,11 +67,11 @@ class _Engines:
             )
         return _write(job, engine)
 
-    def load(self, file: Path, stage: StageGraph) -> Executable:
+    def load(self, file: Path, stage: StageInterface) -> Executable:
         """See `ArtifactBackend.load`."""
         from .tensorrt_run import EngineStage
 
-        return EngineStage(self.library(), file.read_bytes(), stage_inputs(stage), stage_outputs(stage))
+        return EngineStage(self.library(), file.read_bytes(), stage.inputs, stage.outputs)
 
 
 class TensorRtRtx(_Engines):
@@ -124,14 +124,12 @@ class TensorRt(_Engines):
             return super().build(job)
         return _write(job, _engine_by_torch_tensorrt(job.stage))
 
-    def load(self, file: Path, stage: StageGraph) -> Executable:
+    def load(self, file: Path, stage: StageInterface) -> Executable:
         """See `ArtifactBackend.load`."""
         from .tensorrt_run import EngineStage
 
         # torch-tensorrt names bindings its own way; their order is the stage's in either case.
-        return EngineStage(
-            self.library(), file.read_bytes(), stage_inputs(stage), stage_outputs(stage), by_position=True
-        )
+        return EngineStage(self.library(), file.read_bytes(), stage.inputs, stage.outputs, by_position=True)
 
 
 def load_library(packages: tuple[str, ...]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -10,10 +11,13 @@ from ..backends.cuda_graph import Recorder, recorder_for
 from ..capture import CapturedDenoiser
 from ..ir import Branch, Plan, PlanMismatchError
 from .exchange import Exchange, Flow, Message, Slot
-from .segments import SegmentRunner, capture_branch
+from .segments import SegmentRunner, capture_branch, is_bundle, stored_graphs
 from .transport import Channel, Incoming, Layout, Transport
 
-__all__ = ["RankExecutor", "capture_for"]
+if TYPE_CHECKING:
+    from ..bundle import StoredGraphs
+
+__all__ = ["RankExecutor", "capture_for", "graphs_for"]
 
 
 def capture_for(plan: Plan, denoiser: nn.Module) -> CapturedDenoiser:
@@ -33,6 +37,16 @@ def capture_for(plan: Plan, denoiser: nn.Module) -> CapturedDenoiser:
     return captured
 
 
+def graphs_for(plan: Plan, denoiser: nn.Module, backend: str) -> CapturedDenoiser | StoredGraphs:
+    """What a rank takes its graphs from: a capture, or the bundle that `backend` names, without one.
+
+    Raises:
+        InputError: the bundle is damaged.
+        PlanMismatchError: plan or bundle was made for another denoiser.
+    """
+    return stored_graphs(backend, denoiser) if is_bundle(backend) else capture_for(plan, denoiser)
+
+
 class RankExecutor:
     """Runs this rank's segments of one pattern after another and keeps the values that later steps read.
 
@@ -42,27 +56,26 @@ class RankExecutor:
     """
 
     def __init__(
-        self, plan: Plan, denoiser: nn.Module, captured: CapturedDenoiser, *, rank: int, transport: Transport | None,
-        backend: str, recorder: Recorder | None = None,
+        self, plan: Plan, denoiser: nn.Module, captured: CapturedDenoiser | StoredGraphs, *, rank: int,
+        transport: Transport | None, backend: str, recorder: Recorder | None = None,
     ) -> None:
         """No graph is built before `prepare` or the first `run`.
 
         Args:
             plan: the tables.
             denoiser: the network with its weights, which are used by reference.
-            captured: from `capture_for(plan, denoiser)`.
+            captured: from `graphs_for(plan, denoiser, backend)`.
             rank: this rank.
             transport: to the other ranks; None in a world of one.
             backend: see `hybridiff_compiler.backends`.
             recorder: see `SegmentRunner`; default: CUDA graphs on CUDA.
         """
-        estimate = captured.graph_module.graph.output_node().all_input_nodes[0].meta["val"]
-        self._estimate_spec = tuple(estimate.shape), estimate.dtype
         self.rank = rank
         self.runner = runner = SegmentRunner(
             denoiser, plan.model.signature, plan.patterns, plan.partitions, backend=backend, captured=captured,
             recorder=recorder or recorder_for(next(denoiser.parameters()).device),
         )
+        self._estimate_spec = runner.estimate_spec
         self._transport = transport
         self._exchange = Exchange(plan.patterns, runner)
         self._placement = self._exchange.start

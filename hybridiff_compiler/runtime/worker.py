@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from ..ir import Plan
 from .connect import connect
-from .executor import RankExecutor, capture_for
+from .executor import RankExecutor, graphs_for
 from .handover import raw_bytes, unpack_skeleton
 from .orders import TIMING, TRACING, Order, OrderInbox
 from .processes import FAILED, JOINED, READY, TIMED, TRACED, read_frame
@@ -48,7 +48,7 @@ class _Worker:
 
     @torch.no_grad()
     def serve(self) -> None:
-        """Take the weights, capture, and run orders for ever."""
+        """Take the weights, build the graphs, and run orders for ever."""
         plan = Plan.parse(self._start["plan"], source="plan from the driver")
         device = torch.device(self._start["devices"][self._rank])
         if device.type == "cuda":
@@ -57,9 +57,9 @@ class _Worker:
         self._store.set(f"{JOINED}/{self._rank}", "")
         transport = connect(self._store, self._rank, plan.world_size, timeout_s=None, device=device)
         transport.broadcast([raw_bytes(tensor) for tensor in tensors if tensor.numel()])
+        backend = self._start["backend"]
         executor = RankExecutor(
-            plan, denoiser, capture_for(plan, denoiser), rank=self._rank, transport=transport,
-            backend=self._start["backend"],
+            plan, denoiser, graphs_for(plan, denoiser, backend), rank=self._rank, transport=transport, backend=backend
         )
         executor.prepare()
         inbox = OrderInbox(transport, plan.model.signature)

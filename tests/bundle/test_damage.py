@@ -9,9 +9,9 @@ import shutil
 import pytest
 
 from hybridiff_compiler.backends import onnx_file
-from hybridiff_compiler.bundle import Bundle, Manifest, load_executable, reading
-from hybridiff_compiler.bundle.writing import distinct_stages
-from hybridiff_compiler.ir import InputError, PlanMismatchError
+from hybridiff_compiler.bundle import Bundle, Manifest, open_graphs, reading
+from hybridiff_compiler.ir import InputError, PlanMismatchError, lower
+from hybridiff_compiler.runtime.segments import SegmentRunner
 
 HOSTILE_NAMES = ("../x", "..", ".", "/etc/passwd", "a/b", "a\\b", ".hidden", "x\n", "", "C:x", "x" * 200, "plan.json\0")
 
@@ -39,6 +39,14 @@ def opened(folder):
         return Bundle.open(folder)
     except InputError:
         return None
+
+
+def build(bundle, plan, pipe, number):
+    """Load the first graph of one pattern of the plan."""
+    runner = SegmentRunner(
+        pipe.denoiser, plan.model.signature, plan.patterns, plan.partitions, backend=bundle.backend
+    )
+    runner.prepare(lower(plan.patterns[number])[:1])
 
 
 def test_flipped_bits(copy):
@@ -85,9 +93,18 @@ def test_artifacts_listed_for_each_other_s_graph(copy, reseal, plan, pipe):
     first, second = Manifest.load(copy / "manifest.json").artifacts
     mixed = (first.model_copy(update={"graph": second.graph}), second.model_copy(update={"graph": first.graph}))
     bundle = reseal(copy, artifacts=mixed)
-    for build in distinct_stages(plan, pipe.denoiser):
-        with pytest.raises(PlanMismatchError, match="other inputs and outputs"):
-            load_executable(build.stage, bundle.backend)
+    for number in (0, 1):
+        with pytest.raises(PlanMismatchError, match="other weights"):
+            build(bundle, plan, pipe, number)
+
+
+def test_artifacts_listed_for_each_other_s_launches(copy, reseal, plan, pipe):
+    first, second = Manifest.load(copy / "manifest.json").artifacts
+    mixed = (first.model_copy(update={"segments": second.segments}),
+             second.model_copy(update={"segments": first.segments}))
+    bundle = reseal(copy, artifacts=mixed)
+    with pytest.raises(PlanMismatchError, match="other outputs"):
+        build(bundle, plan, pipe, 0)
 
 
 @pytest.mark.parametrize("name", HOSTILE_NAMES)
@@ -128,16 +145,19 @@ def test_a_plan_for_another_denoiser(copy, reseal):
 
 def test_changes_after_opening(copy, reseal, pipe, plan):
     """Every rank checks what it loads itself, against the manifest that was opened."""
-    build = distinct_stages(plan, pipe.denoiser)[0]
     bundle = Bundle.open(copy)
+    graphs = open_graphs(bundle.backend, pipe.denoiser)
+    runner = SegmentRunner(
+        pipe.denoiser, plan.model.signature, plan.patterns, plan.partitions, backend=bundle.backend, captured=graphs
+    )
     flip(copy / bundle.manifest.artifacts[0].file, 100)
     with pytest.raises(InputError, match="sha256"):
-        load_executable(build.stage, bundle.backend)
+        runner.prepare(lower(plan.patterns[0]))
     reading._sealed_manifest.cache_clear()
     flip(copy / bundle.manifest.artifacts[0].file, 100)
     reseal(copy, target=bundle.manifest.target.model_copy(update={"dtype": "float16"}))
     with pytest.raises(InputError, match="replaced after it was opened"):
-        load_executable(build.stage, bundle.backend)
+        open_graphs(bundle.backend, pipe.denoiser)
 
 
 @pytest.mark.parametrize(("update", "message"), [
