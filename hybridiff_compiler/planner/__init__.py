@@ -1,8 +1,8 @@
 """Planning: from a profile to the best partitions, patterns and schedule. Pure: no devices, no processes, no torch.
 
 Entry points: `candidate_partitions` and `generate_patterns` say what a profile should measure; `plan` and `frontier`
-solve; `proposals` are schedules on which the profiler checks predictions; `alternating_plan` and `fewer_steps` make
-the simpler schedules to compare with.
+solve; `at_steps` makes a profile for another number of steps; `proposals` are schedules on which the profiler checks
+predictions; `alternating_plan` and `fewer_steps` make the simpler schedules to compare with.
 """
 
 from .cost import StepCost, step_cost
@@ -20,16 +20,20 @@ from .placement import on_ranks, placements
 from .problem import Problem
 from .proposals import proposals
 from .reference import alternating_plan, alternating_steps, fewer_steps
+from .rescale import at_steps, noise_levels_of
 from .rings import rings
 from .schedule import Frontier, solve_frontier
-from .solve import POLICIES, FrontierPoint, frontier, plan, plan_for_steps, solve_problem
+from .solve import COSTS, FrontierPoint, frontier, plan, plan_for_steps, solve_problem
 from .tables import StepTable, prune_dominated, schedule_errors, step_tables
+from .target import POLICIES, Target
+from .work import in_work_units, step_work, work_speedup
 from .worlds import MAX_GPUS, stage_counts
 
 __all__ = [
-    "FAMILIES", "MAX_GPUS", "POLICIES", "Family", "Frontier", "FrontierPoint", "Problem", "StepCost", "StepTable",
-    "alternating_plan", "alternating_steps", "candidate_partitions", "exact_patterns", "family_of", "fewer_steps",
-    "frontier", "generate_patterns", "linear", "measured_patterns", "nested", "on_ranks", "placements", "plan",
-    "plan_for_steps", "proposals", "prune_dominated", "rank_free", "rings", "schedule_errors", "solve_frontier",
-    "solve_problem", "stage_counts", "step_cost", "step_tables", "thin",
+    "COSTS", "FAMILIES", "MAX_GPUS", "POLICIES", "Family", "Frontier", "FrontierPoint", "Problem", "StepCost",
+    "StepTable", "Target", "alternating_plan", "alternating_steps", "at_steps", "candidate_partitions",
+    "exact_patterns", "family_of", "fewer_steps", "frontier", "generate_patterns", "in_work_units", "linear",
+    "measured_patterns", "nested", "noise_levels_of", "on_ranks", "placements", "plan", "plan_for_steps", "proposals",
+    "prune_dominated", "rank_free", "rings", "schedule_errors", "solve_frontier", "solve_problem", "stage_counts",
+    "step_cost", "step_tables", "step_work", "thin", "work_speedup",
 ]

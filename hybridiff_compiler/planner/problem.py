@@ -12,7 +12,9 @@ from ..ir import InputError, Pattern, Predictions, Profile, UsageError
 from .cost import StepCost, step_cost
 from .patterns import FAMILIES, exact_patterns, family_of
 from .placement import placements
+from .robust import quantile_offset_db, quantile_reserve_db
 from .tables import StepTable, schedule_errors, step_tables
+from .work import in_work_units
 from .worlds import check_gpus
 
 __all__ = ["Problem"]
@@ -70,6 +72,19 @@ class Problem:
         """Predicted mean PSNR of a schedule whose step errors sum to `error`; infinite for exact ones."""
         return self.profile.compounding.psnr_db(error)
 
+    def judged_db(self, error: float, quantile: float | None = None) -> float:
+        """What a quality target is compared with: `psnr_db`, or that quantile of the PSNR over prompts."""
+        return self.psnr_db(error) + self.quantile_offset_db(quantile)
+
+    def quantile_offset_db(self, quantile: float | None) -> float:
+        """How far a quantile of the PSNR over prompts lies from the mean; see `robust`."""
+        return 0.0 if quantile is None else quantile_offset_db(self.profile.compounding, quantile)
+
+    def reserve_db(self, quantile: float | None = None) -> float:
+        """What is kept in reserve for the error of the prediction; see `Compounding.reserve_db` and `robust`."""
+        compounding = self.profile.compounding
+        return compounding.reserve_db if quantile is None else quantile_reserve_db(compounding, quantile)
+
     def latency_s(self, steps: Sequence[str]) -> float:
         """Predicted denoising loop of a schedule."""
         return math.fsum(self.costs[name].latency_s for name in steps)
@@ -90,8 +105,19 @@ class Problem:
         error = float(schedule_errors(self.tables, np.array([[index[name] for name in steps]], dtype=np.int16))[0])
         return error if math.isfinite(error) else None
 
-    def predict(self, steps: Sequence[str], target: str = "") -> Predictions:
-        """Predictions for a fixed schedule.
+    @cached_property
+    def work(self) -> dict[str, float]:
+        """Denoiser evaluations on the critical path of one step, by pattern name; see `work`."""
+        units = in_work_units(self.profile)
+        return {pattern.name: step_cost(units, pattern).ideal_s for pattern in self.patterns}
+
+    def work_speedup(self, steps: Sequence[str]) -> float | None:
+        """Evaluations of the one-rank run over those of a schedule; None when that has none."""
+        spent = math.fsum(self.work[name] for name in steps)
+        return len(steps) * self.work[self.single.name] / spent if spent > 0 else None
+
+    def predict(self, steps: Sequence[str], target: str = "", quantile: float | None = None) -> Predictions:
+        """Predictions for a fixed schedule; with `quantile` also for that quantile over prompts.
 
         Raises:
             InputError: a step names a pattern that is no candidate.
@@ -100,10 +126,12 @@ class Problem:
         if unknown:
             raise InputError(f"the profile knows no pattern {unknown[0]!r}; it has {', '.join(self.by_name)}")
         latency, error = self.latency_s(steps), self.error(steps)
-        psnr = None if error is None else self.psnr_db(error)
+        psnr = None if error is None or math.isinf(self.psnr_db(error)) else self.psnr_db(error)
         return Predictions(
             latency_s=latency, single_s=self.single_s, speedup=self.single_s / latency,
-            ideal_speedup=self.ideal_speedup(steps), psnr_db=None if psnr is None or math.isinf(psnr) else psnr,
+            ideal_speedup=self.ideal_speedup(steps), work_speedup=self.work_speedup(steps), psnr_db=psnr,
+            quantile=quantile,
+            psnr_quantile_db=None if psnr is None or quantile is None else psnr + self.quantile_offset_db(quantile),
             target=target,
         )
 

@@ -42,13 +42,15 @@ class StateSpace:
     def __len__(self) -> int:
         return len(self.ages)
 
+    def error(self, tables: Sequence[StepTable], step: int, pattern: int) -> NDArray[np.float64]:
+        """`[state]`: error of running `step` by `pattern`; meaningless where it may not run."""
+        if tables[pattern].pattern.is_exact:
+            return np.zeros(len(self))
+        return tables[pattern].errors(step, self.activation_age[pattern], self.memory_age[pattern])
+
     def errors(self, tables: Sequence[StepTable], step: int) -> NDArray[np.float64]:
         """`[pattern, state]`: error of running `step` so; infinite where it may not run."""
-        result = np.zeros(self.target.shape)
-        for p, table in enumerate(tables):
-            if table.pattern.is_exact:
-                continue
-            result[p] = table.errors(step, self.activation_age[p], self.memory_age[p])
+        result = np.stack([self.error(tables, step, p) for p in range(len(tables))])
         result[self.target < 0] = np.inf
         return result
 

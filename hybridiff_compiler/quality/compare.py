@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..ir import AdaptiveSchedule, Plan
+from ..ir import FixedSchedule, Plan
 from ..profiler.generate import Generation
 from ..profiler.timing import pinned_threads
 from ..report import Row, count_patterns
@@ -205,4 +205,4 @@ class _Work:
 
 
 def _is_adaptive(plan: Plan) -> bool:
-    return isinstance(plan.schedule, AdaptiveSchedule)
+    return not isinstance(plan.schedule, FixedSchedule)
