@@ -38,8 +38,8 @@ def main(
     from hybridiff_compiler.cli.models import load_model
     from hybridiff_compiler.ir import Profile
 
-    loaded = load_model(model, device=device)
     known = Profile.load(profile)
+    loaded = load_model(model, device=device, dtype=known.model.dtype)
     levels_of = use_scheduler(loaded.pipe, scheduler)
     rows: list[dict[str, Any]] = []
     for count in [*(steps or (25, 100)), *([known.num_steps] if at_its_own else [])]:
@@ -66,11 +66,12 @@ def main(
                 f"{known.compounding.prompt_std_db:.1f})", flush=True,
             )
     errors = [abs(row["predicted_db"] - row["psnr_db"]) for row in rows]
-    print(f"mean absolute error {statistics.fmean(errors):.2f} dB over {len(rows)} schedules, worst {max(errors):.2f} dB")
+    mean_error = statistics.fmean(errors)
+    print(f"mean absolute error {mean_error:.2f} dB over {len(rows)} schedules, worst {max(errors):.2f} dB")
     if output is not None:
         output.write_text(json.dumps({
             "schema": 1, "model": model, "device": device, "prompts": prompts, "gpus": gpus, "scheduler": scheduler,
-            "rows": rows, "mean_abs_error_db": statistics.fmean(errors),
+            "rows": rows, "mean_abs_error_db": mean_error,
         }, indent=1) + "\n")
 
 
