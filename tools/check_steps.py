@@ -33,10 +33,9 @@ def main(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.")] = None,
 ) -> None:
     """Print predicted and measured PSNR per number of steps and speed-up."""
-    from hybridiff_compiler.quality.equal_cost import Judge, use_scheduler
-
     from hybridiff_compiler.cli.models import load_model
     from hybridiff_compiler.ir import Profile
+    from hybridiff_compiler.quality.equal_cost import Judge, use_scheduler
 
     known = Profile.load(profile)
     loaded = load_model(model, device=device, dtype=known.model.dtype)
