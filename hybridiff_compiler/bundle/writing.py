@@ -25,7 +25,7 @@ from ..backends.stage_io import (
     weights_digest,
 )
 from ..capture import CapturedDenoiser, StageGraph
-from ..ir import WHOLE, InputError, Plan, lower
+from ..ir import WHOLE, InputError, Partition, Plan, lower
 from ..runtime.executor import capture_for
 from ..runtime.segments import SegmentRunner
 from .files import record_file
@@ -123,10 +123,10 @@ def distinct_stages(
         denoiser, plan.model.signature, plan.patterns, plan.partitions,
         captured=captured or capture_for(plan, denoiser),
     )
-    layers = {p.name: p.stages for p in plan.partitions} | {WHOLE: (runner.layers.names,)}
+    partitions = {p.name: p for p in plan.partitions} | {WHOLE: Partition.whole(runner.layers)}
     builds: dict[str, StageBuild] = {}
     for segment in dict.fromkeys(s for pattern in plan.patterns for s in lower(pattern)):
-        names = [name for stage in segment.stages for name in layers[segment.partition][stage]]
+        names = partitions[segment.partition].evaluated(segment.stages)
         taps = [name for branch, name in runner.values_written(segment) if branch == segment.branches[0]]
         stage = runner.captured(len(segment.branches)).extract(names, taps)
         digest = stage_digest(stage)

@@ -23,6 +23,10 @@ class RankSpec(Data):
     """One rank of a plan."""
 
     device: Literal["cpu", "cuda"]
+    speed: float = Field(default=1.0, gt=0)
+    """How fast it computes, relative to the device that the profile was measured on."""
+    memory_bytes: int | None = Field(default=None, gt=0)
+    """What parameters and activations may take up; null: no limit."""
 
 
 class Predictions(Data):

@@ -2,21 +2,23 @@
 
 A run `[i, j)` is a contiguous part of the layer order. Layers are listed in execution order, so a value enters a run
 from before it and leaves to after it. Each value counts once per receiving stage, however many layers there read it,
-and it counts in full even when a stage could recompute it from cheap shared producers (time embedding, rotary table).
+unless its producer is among the layers that the receiving side recomputes (time embedding, rotary table).
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 from numpy.typing import NDArray
 
-from ..ir import LayerGraph
+from ..ir import LayerGraph, Partition
 
-__all__ = ["bytes_in", "bytes_out", "live_seconds"]
+__all__ = ["bytes_in", "bytes_out", "live_seconds", "stage_bytes"]
 
 
-def bytes_in(graph: LayerGraph) -> NDArray[np.int64]:
-    """`[i, j]`: bytes of the values produced before `i` and read inside `[i, j)`.
+def bytes_in(graph: LayerGraph, recomputed: Collection[str] = ()) -> NDArray[np.int64]:
+    """`[i, j]`: bytes of the values produced before `i`, by no layer in `recomputed`, and read inside `[i, j)`.
 
     A value is counted for the run when the first of its consumers at or after `i` lies before `j`; every consumer is
     that first one for a whole range of `i`, so two sums over a difference array give all entries in
@@ -26,6 +28,8 @@ def bytes_in(graph: LayerGraph) -> NDArray[np.int64]:
     position = {name: index for index, name in enumerate(graph.names)}
     table = np.zeros((size + 2, size + 1), dtype=np.int64)
     for value in graph.values:
+        if value.producer in recomputed:
+            continue
         before = position[value.producer]
         for consumer in sorted({position[name] for name in value.consumers}):
             table[before + 1, consumer + 1] += value.nbytes
@@ -45,6 +49,26 @@ def bytes_out(graph: LayerGraph) -> NDArray[np.int64]:
             table[producer, producer + 1] += value.nbytes
             table[producer, max(position[name] for name in value.consumers) + 1] -= value.nbytes
     return table.cumsum(axis=1)[::-1].cumsum(axis=0)[::-1, : size + 1]
+
+
+def stage_bytes(graph: LayerGraph, partition: Partition) -> dict[tuple[int, int], int]:
+    """`(source, target)` -> bytes that stage `target` takes from stage `source`, where there are any.
+
+    What a stage recomputes is taken from nobody. O(consumers).
+    """
+    owner = {name: stage for stage, names in enumerate(partition.stages) for name in names}
+    readers: dict[str, list[int]] = {name: [stage] for name, stage in owner.items()}
+    for stage, names in enumerate(partition.recomputed):
+        for name in names:
+            readers[name].append(stage)
+    between: dict[tuple[int, int], int] = {}
+    for value in graph.values:
+        source = owner[value.producer]
+        for target in {stage for name in value.consumers for stage in readers[name]}.difference(
+            readers[value.producer]
+        ):
+            between[source, target] = between.get((source, target), 0) + value.nbytes
+    return between
 
 
 def live_seconds(graph: LayerGraph, seconds: NDArray[np.float64]) -> NDArray[np.float64]:

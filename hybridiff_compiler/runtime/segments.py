@@ -157,14 +157,13 @@ class SegmentRunner:
     def values_read(self, segment: Segment) -> tuple[ValueRead, ...]:
         """What `segment` takes from outside, in a fixed order."""
         partition = self._partitions[segment.partition]
-        inside = [name for stage in segment.stages for name in partition.stages[stage]]
         reads = []
         for branch in segment.branches:
-            for stage, layers in enumerate(partition.stages):
+            for stage in range(len(partition.stages)):
                 if stage in segment.stages:
                     continue
                 read: Read = segment.read(branch, stage)
-                for value in self.layers.crossing(layers, inside):
+                for value in partition.received(self.layers, stage, segment.stages):
                     reads.append(ValueRead(branch, value.name, (read.branch, value.name), read.stale))
         return tuple(reads)
 
@@ -284,8 +283,7 @@ class SegmentRunner:
         if self._stored is not None:
             loaded = self._stored.stage(segment, taps)
             return _Graph(loaded.call, loaded.inputs, loaded.values_in, loaded.values_out, loaded.specs)
-        partition = self._partitions[segment.partition]
-        names = [name for stage in segment.stages for name in partition.stages[stage]]
+        names = self._partitions[segment.partition].evaluated(segment.stages)
         stage = self.captured(len(segment.branches)).extract(names, taps)
         call = compile_stage(stage, self._backend)
         return _Graph(call, stage.inputs, stage.values_in, stage.values_out, _argument_specs(stage))
