@@ -5,7 +5,7 @@ solve; `at_steps` makes a profile for another number of steps; `proposals` are s
 predictions; `alternating_plan` and `fewer_steps` make the simpler schedules to compare with.
 """
 
-from .cost import StepCost, step_cost
+from .cost import CostModel, StepCost, step_cost
 from .partition import candidate_partitions, linear, nested, thin
 from .patterns import (
     FAMILIES,
@@ -30,8 +30,8 @@ from .work import in_work_units, step_work, work_speedup
 from .worlds import MAX_GPUS, stage_counts
 
 __all__ = [
-    "COSTS", "FAMILIES", "MAX_GPUS", "POLICIES", "Family", "Frontier", "FrontierPoint", "Problem", "StepCost",
-    "StepTable", "Target", "alternating_plan", "alternating_steps", "at_steps", "candidate_partitions",
+    "COSTS", "FAMILIES", "MAX_GPUS", "POLICIES", "CostModel", "Family", "Frontier", "FrontierPoint", "Problem",
+    "StepCost", "StepTable", "Target", "alternating_plan", "alternating_steps", "at_steps", "candidate_partitions",
     "exact_patterns", "family_of", "fewer_steps", "frontier", "generate_patterns", "in_work_units", "linear",
     "measured_patterns", "nested", "noise_levels_of", "on_ranks", "placements", "plan", "plan_for_steps", "proposals",
     "prune_dominated", "rank_free", "rings", "schedule_errors", "solve_frontier", "solve_problem", "stage_counts",

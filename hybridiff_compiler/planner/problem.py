@@ -8,10 +8,10 @@ from functools import cached_property
 
 import numpy as np
 
-from ..ir import InputError, Pattern, Predictions, Profile, UsageError
-from .cost import StepCost, step_cost
+from ..ir import InputError, Pattern, Predictions, Profile, RankSpec, UsageError
+from .cost import CostModel, StepCost
 from .patterns import FAMILIES, exact_patterns, family_of
-from .placement import placements
+from .placement import fastest_placement
 from .robust import quantile_offset_db, quantile_reserve_db
 from .tables import StepTable, schedule_errors, step_tables
 from .work import in_work_units
@@ -24,7 +24,8 @@ class Problem:
     """Everything that one profile says about running on `gpus` ranks."""
 
     def __init__(
-        self, profile: Profile, gpus: int, without: Iterable[str] = (), extra: Sequence[Pattern] = ()
+        self, profile: Profile, gpus: int, without: Iterable[str] = (), extra: Sequence[Pattern] = (),
+        ranks: Sequence[RankSpec] | None = None,
     ) -> None:
         """
         Args:
@@ -32,14 +33,19 @@ class Problem:
             gpus: ranks, 1 or more.
             without: families to leave out.
             extra: further candidates, `without` or not.
+            ranks: the ranks where they differ in speed; default: all as profiled.
 
         Raises:
-            UsageError: `gpus` is out of range, or `without` names an unknown family.
+            UsageError: `gpus` is out of range or not the number of ranks, or `without` names an unknown family.
         """
         check_gpus(gpus)
+        if ranks is not None and len(ranks) != gpus:
+            raise UsageError(f"got {len(ranks)} ranks for {gpus} GPUs; describe every rank once")
         self.profile, self.gpus = profile, gpus
+        self._model = CostModel(profile, ranks)
+        speeds = None if ranks is None else [rank.speed for rank in ranks]
         exact = exact_patterns(gpus)
-        cheap = [_fastest(profile, placements(p, gpus)) for p in profile.patterns if not p.is_exact]
+        cheap = [fastest_placement(p, gpus, self._model, speeds) for p in profile.patterns if not p.is_exact]
         self.excluded = _check_families(without, cheap)
         chosen = [*exact, *(p for p in cheap if family_of(p.name) not in self.excluded), *extra]
         self.patterns: tuple[Pattern, ...] = tuple({pattern.name: pattern for pattern in chosen}.values())
@@ -55,7 +61,7 @@ class Problem:
     @cached_property
     def costs(self) -> dict[str, StepCost]:
         """Step costs of the candidates by name."""
-        return {pattern.name: step_cost(self.profile, pattern) for pattern in self.patterns}
+        return {pattern.name: self._model.step(pattern) for pattern in self.patterns}
 
     @cached_property
     def tables(self) -> tuple[StepTable, ...]:
@@ -108,8 +114,8 @@ class Problem:
     @cached_property
     def work(self) -> dict[str, float]:
         """Denoiser evaluations on the critical path of one step, by pattern name; see `work`."""
-        units = in_work_units(self.profile)
-        return {pattern.name: step_cost(units, pattern).ideal_s for pattern in self.patterns}
+        units = CostModel(in_work_units(self.profile))
+        return {pattern.name: units.step(pattern).ideal_s for pattern in self.patterns}
 
     def work_speedup(self, steps: Sequence[str]) -> float | None:
         """Evaluations of the one-rank run over those of a schedule; None when that has none."""
@@ -134,10 +140,6 @@ class Problem:
             psnr_quantile_db=None if psnr is None or quantile is None else psnr + self.quantile_offset_db(quantile),
             target=target,
         )
-
-
-def _fastest(profile: Profile, placed: Sequence[Pattern]) -> Pattern:
-    return min(placed, key=lambda pattern: step_cost(profile, pattern).latency_s) if len(placed) > 1 else placed[0]
 
 
 def _check_families(without: Iterable[str], cheap: Sequence[Pattern]) -> frozenset[str]:

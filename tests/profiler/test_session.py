@@ -13,7 +13,7 @@ STEPS = 6
 
 
 def measure(bench, prompts=("a cat", "a dog"), **changes):
-    arguments = {"num_inference_steps": STEPS, "name": bench.name, "threads": 1, "quick": True}
+    arguments = {"num_inference_steps": STEPS, "name": bench.name, "threads": 1, "quick": True, "gpus": (2,)}
     arguments |= bench.options | changes
     return hc.profile(bench.pipe, prompts=list(prompts), **arguments)
 
