@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..backends.artifact import Job, artifact_backend
+from ..backends.artifact import ArtifactBackend, Job, artifact_backend
 from ..backends.onnx_weights import OnnxWeights
 from ..backends.stage_io import (
     ESTIMATE,
@@ -24,10 +24,12 @@ from ..backends.stage_io import (
     tensor_spec,
     weights_digest,
 )
+from ..backends.target import Target
 from ..capture import CapturedDenoiser, StageGraph
 from ..ir import WHOLE, InputError, Partition, Plan, lower
 from ..runtime.executor import capture_for
 from ..runtime.segments import SegmentRunner
+from .builders import BuildOrder, build_in_processes, default_jobs
 from .files import record_file
 from .graphs import CONSTANTS_FILE, Constant, GraphRecord, Graphs
 from .identity import ModelIdentity
@@ -52,7 +54,7 @@ class StageBuild:
 
 def write_bundle(
     plan: Plan, denoiser: nn.Module, folder: str | os.PathLike[str], *, backend: str, arch: str | None = None,
-    on_progress: Progress = lambda stage, done, total: None,
+    jobs: int | None = 1, on_progress: Progress = lambda stage, done, total: None,
 ) -> Bundle:
     """Compile all graphs of `plan` and write them with it; the folder appears when it is complete.
 
@@ -62,6 +64,8 @@ def write_bundle(
         folder: is made; a bundle that is there already is replaced.
         backend: one of `ARTIFACT_BACKENDS`.
         arch: GPU to build for, e.g. `sm_89`; default: this machine's.
+        jobs: processes that compile; None: as many as there are graphs, cores and memory for. Backends that put weights
+            into their artifacts use this process alone.
         on_progress: called with (stage, done, total).
 
     Raises:
@@ -79,19 +83,15 @@ def write_bundle(
     builds = distinct_stages(plan, denoiser, captured)
     work = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
     try:
-        weights = OnnxWeights(work)
+        files = _build(plan, denoiser, builder, target, work, builds, jobs, on_progress)
         artifacts = []
-        for index, build in enumerate(builds):
-            on_progress(f"compiling with {backend}", index, len(builds))
-            name = f"stage{index:02d}-{build.digest[:12]}"
-            file = builder.build(Job(stage=build.stage, folder=work, name=name, target=target, weights=weights))
+        for build, file in zip(builds, files, strict=True):
             artifacts.append(Artifact(
                 **dict(record_file(file)), graph=build.digest, segments=tuple(sorted(build.segments)),
                 ranks=tuple(sorted(build.ranks)), branches=2 if build.branches == 2 else 1,
                 weights=None if builder.binds_weights else weights_digest(stage_weights(build.stage)),
                 inputs=stage_inputs(build.stage), outputs=stage_outputs(build.stage),
             ))
-        on_progress(f"compiling with {backend}", len(builds), len(builds))
         plan.save(work / PLAN_FILE)
         _save_graphs(work, captured, denoiser, builds)
         names = (*builder.shared, CONSTANTS_FILE)
@@ -104,6 +104,31 @@ def write_bundle(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return Bundle.open(destination)
+
+
+def _build(
+    plan: Plan, denoiser: nn.Module, backend: ArtifactBackend, target: Target, work: Path,
+    builds: Sequence[StageBuild], jobs: int | None, on_progress: Progress,
+) -> list[Path]:
+    """The artifacts of `builds`, in their order."""
+    def report(done: int) -> None:
+        on_progress(f"compiling with {backend.name}", done, len(builds))
+
+    orders = [BuildOrder(build.digest, f"stage{i:02d}-{build.digest[:12]}") for i, build in enumerate(builds)]
+    report(0)
+    if backend.binds_weights:
+        jobs = default_jobs(len(builds), denoiser) if jobs is None else min(jobs, len(builds))
+        if jobs > 1:
+            return build_in_processes(
+                plan, denoiser, backend.name, target, work, orders, jobs=jobs, on_built=report
+            )
+    files: list[Path] = []
+    weights = OnnxWeights(work)
+    for build, order in zip(builds, orders):
+        job = Job(stage=build.stage, folder=work, name=order.name, target=target, weights=weights)
+        files.append(backend.build(job))
+        report(len(files))
+    return files
 
 
 def distinct_stages(
