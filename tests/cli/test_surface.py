@@ -16,7 +16,7 @@ SURFACE = {
     "plan": [
         "PROFILE", "--gpus", "--min-psnr", "--speedup", "--policy", "--without", "--pareto", "--output/-o", "--json",
     ],
-    "compile": ["PLAN", "MODEL", "--output/-o", "--backend", "--target", "--json"],
+    "compile": ["PLAN", "MODEL", "--output/-o", "--backend", "--target", "--jobs/-j", "--json"],
     "run": [
         "PLAN", "MODEL", "--prompt", "--output/-o", "--steps", "--guidance-scale", "--height", "--width", "--seed",
         "--threads", "--json",
