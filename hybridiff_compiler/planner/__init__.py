@@ -6,6 +6,8 @@ predictions; `alternating_plan` and `fewer_steps` make the simpler schedules to 
 """
 
 from .cost import CostModel, StepCost, step_cost
+from .explain import CheapRun, Explanation, Trade, explain
+from .fleet import OBJECTIVES, Fleet, FleetOption, plan_fleet
 from .partition import candidate_partitions, linear, nested, thin
 from .patterns import (
     FAMILIES,
@@ -19,21 +21,24 @@ from .patterns import (
 from .placement import on_ranks, placements
 from .problem import Problem
 from .proposals import proposals
+from .queueing import Queue, simulate_queue
 from .reference import alternating_plan, alternating_steps, fewer_steps
 from .rescale import at_steps, noise_levels_of
 from .rings import rings
 from .schedule import Frontier, solve_frontier
 from .solve import COSTS, FrontierPoint, frontier, plan, plan_for_steps, solve_problem
+from .switching import PromptSamples, switched_plan
 from .tables import StepTable, prune_dominated, schedule_errors, step_tables
 from .target import POLICIES, Target
 from .work import in_work_units, step_work, work_speedup
 from .worlds import MAX_GPUS, stage_counts
 
 __all__ = [
-    "COSTS", "FAMILIES", "MAX_GPUS", "POLICIES", "CostModel", "Family", "Frontier", "FrontierPoint", "Problem",
-    "StepCost", "StepTable", "Target", "alternating_plan", "alternating_steps", "at_steps", "candidate_partitions",
-    "exact_patterns", "family_of", "fewer_steps", "frontier", "generate_patterns", "in_work_units", "linear",
-    "measured_patterns", "nested", "noise_levels_of", "on_ranks", "placements", "plan", "plan_for_steps", "proposals",
-    "prune_dominated", "rank_free", "rings", "schedule_errors", "solve_frontier", "solve_problem", "stage_counts",
-    "step_cost", "step_tables", "step_work", "thin", "work_speedup",
+    "COSTS", "FAMILIES", "MAX_GPUS", "OBJECTIVES", "POLICIES", "CheapRun", "CostModel", "Explanation", "Family",
+    "Fleet", "FleetOption", "Frontier", "FrontierPoint", "Problem", "PromptSamples", "Queue", "StepCost", "StepTable",
+    "Target", "Trade", "alternating_plan", "alternating_steps", "at_steps", "candidate_partitions", "exact_patterns",
+    "explain", "family_of", "fewer_steps", "frontier", "generate_patterns", "in_work_units", "linear",
+    "measured_patterns", "nested", "noise_levels_of", "on_ranks", "placements", "plan", "plan_fleet", "plan_for_steps",
+    "proposals", "prune_dominated", "rank_free", "rings", "schedule_errors", "simulate_queue", "solve_frontier",
+    "solve_problem", "stage_counts", "step_cost", "step_tables", "step_work", "switched_plan", "thin", "work_speedup",
 ]

@@ -104,6 +104,13 @@ def plan(
     target = Target(
         min_psnr=min_psnr, speedup=speedup, max_latency_ms=max_latency_ms, policy=policy, quantile=quantile
     )
+    without = (without,) if isinstance(without, str) else tuple(without)
+    asked = " ".join([
+        str(target), *(["costs=work"] if costs == "work" else []),
+        *([f"without={','.join(without)}"] if without else []),
+        *([] if num_inference_steps is None else [f"steps={num_inference_steps}"]),
+        *([] if strength == 1 else [f"strength={strength:g}"]),
+    ])
     check_gpus(gpus)
     if costs not in COSTS:
         raise UsageError(f"got costs {costs!r}; choose from {', '.join(COSTS)}")
@@ -111,18 +118,17 @@ def plan(
         raise UsageError("work has no milliseconds; ask for a speedup, or plan with measured costs")
     ranks = (RankSpec(device=_device(profile, device)),) * gpus
     scaled = at_steps(profile, num_inference_steps, strength=strength)
-    without = (without,) if isinstance(without, str) else tuple(without)
     if policy == "paper":
-        return _paper_plan(scaled, gpus, without, ranks, str(target), profile)
+        return _paper_plan(scaled, gpus, without, ranks, asked, profile)
     problem = Problem(scaled, gpus, without)
     if policy == "exact":
-        return plan_for_steps(problem, (problem.exact.name,) * scaled.num_steps, ranks, str(target), source=profile)
+        return plan_for_steps(problem, (problem.exact.name,) * scaled.num_steps, ranks, asked, source=profile)
     solving = problem if costs == "measured" else Problem(in_work_units(scaled), gpus, without)
     solved = solve_problem(solving)
     point = target.choose(solving, solved)
     return plan_for_steps(
-        problem, solved.steps(point), ranks, f"{target}{'' if costs == 'measured' else ' costs=work'}",
-        quantile=quantile, certificate=certify(solving, target, solved, point), source=profile,
+        problem, solved.steps(point), ranks, asked, quantile=quantile,
+        certificate=certify(solving, target, solved, point), source=profile,
     )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ir import FixedSchedule, InputError, Partition, Pattern, Plan, PlanMismatchError, Profile, RankSpec, format_steps
 from ..planner import (
@@ -30,6 +30,7 @@ from ..planner import (
 )
 from ..planner.policy import paper_schedule, paper_window
 from ..profiler.generate import Generation
+from ..runtime.intercept import find_denoiser
 from ..runtime.segments import SegmentRunner
 from .measure import generate, simulate
 from .metrics import psnr
@@ -93,13 +94,13 @@ class Judge:
         self._problem = Problem(self.profile, gpus, self._without, extra=_pipes(profile, gpus))
         self._everything = Problem(self.profile, gpus, extra=_pipes(profile, gpus))
         self._solved = solve_problem(Problem(self.profile, gpus, self._without))
-        self._prompts, self._batch = list(prompts), batch
-        self._generation = Generation(
+        self.prompts, self.batch = list(prompts), batch
+        self.generation = Generation(
             pipe=pipe, num_inference_steps=measured.num_steps,
             guidance_scale=profile.guidance_scale if guidance_scale is None else guidance_scale, seed=seed,
             options=dict(options or {}),
         )
-        self._runners: dict[int, SegmentRunner] = {}
+        self.runners: dict[int, SegmentRunner] = {}
         self._reference: Tensor | None = None
         self._known: dict[tuple[str, ...], list[float]] = {}
 
@@ -107,6 +108,16 @@ class Judge:
     def num_steps(self) -> int:
         """Steps of the full run."""
         return self.profile.num_steps
+
+    @property
+    def exact(self) -> str:
+        """The exact pattern on these ranks."""
+        return self._problem.exact.name
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """Of the pipeline."""
+        return find_denoiser(self.generation.pipe)[1]
 
     def planned(self, speedup: float) -> EqualCostRow | None:
         """The schedule of least error within the budget; None when none is so fast."""
@@ -144,7 +155,7 @@ class Judge:
                 images = self._plain(len(row.steps))
             else:
                 images, executed = simulate(
-                    self._generation, self._plan(row.steps), self._prompts, batch=self._batch, runners=self._runners
+                    self.generation, self.plan(row.steps), self.prompts, batch=self.batch, runners=self.runners
                 )
                 if any(steps != row.steps for steps in executed):
                     raise PlanMismatchError(
@@ -156,13 +167,14 @@ class Judge:
         return self._known[row.steps]
 
     def _plain(self, steps: int) -> Tensor:
-        generation = replace(self._generation, num_inference_steps=steps)
-        chunks = range(0, len(self._prompts), self._batch)
+        generation = replace(self.generation, num_inference_steps=steps)
+        chunks = range(0, len(self.prompts), self.batch)
         return torch.cat([
-            generate(generation, self._prompts[k : k + self._batch], first=k).images for k in chunks
+            generate(generation, self.prompts[k : k + self.batch], first=k).images for k in chunks
         ])
 
-    def _plan(self, steps: tuple[str, ...]) -> Plan:
+    def plan(self, steps: tuple[str, ...]) -> Plan:
+        """A plan that knows all tables and runs `steps`."""
         problem = self._everything
         return Plan(
             model=self.profile.model, ranks=(RankSpec(device=self.profile.provenance.device_type),) * self.gpus,

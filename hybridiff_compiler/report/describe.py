@@ -8,7 +8,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..ir import Pattern, Plan, Predictions, Profile
+from ..ir import Certificate, Pattern, Plan, Predictions, Profile
 from .strip import count_patterns, legend, letters, representative_steps, strip
 from .style import plain_table
 from .textplot import text_plot
@@ -49,6 +49,7 @@ def plan_summary(plan: Plan) -> list[RenderableType]:
         Text(f"          {strip(steps, alphabet)}"),
         Text(f"          {legend({name: alphabet[name] for name in dict.fromkeys(steps)})}"),
         Text(f"predicted: {_predictions(plan.predictions)}"),
+        *([] if plan.certificate is None else [Text(f"proven:    {_certificate(plan.certificate)}")]),
     ]
 
 
@@ -91,11 +92,22 @@ def _predictions(predictions: Predictions) -> str:
         words.append(f"{predictions.speedup:.2f}x over one rank")
     if predictions.ideal_speedup is not None:
         words.append(f"{predictions.ideal_speedup:.2f}x ideal")
+    if predictions.work_speedup is not None:
+        words.append(f"{predictions.work_speedup:.2f}x in denoiser evaluations")
     if predictions.latency_s is not None:
         words.append(f"{predictions.latency_s:.3f} s for the denoising loop")
     if predictions.psnr_db is not None:
         words.append(f"{predictions.psnr_db:.1f} dB")
+    if predictions.psnr_quantile_db is not None and predictions.quantile is not None:
+        words.append(f"{predictions.psnr_quantile_db:.1f} dB or more for {1 - predictions.quantile:.0%} of prompts")
     return ", ".join(words) + (f"   (asked for {predictions.target})" if predictions.target else "") or "nothing"
+
+
+def _certificate(proof: Certificate) -> str:
+    what = "latency" if proof.objective == "latency_s" else "error"
+    merged = ", ages merged in the search" if proof.simplified else ""
+    gap = "optimal" if proof.gap < 1e-6 else f"{what} within {proof.gap:.2%} of the least possible"
+    return f"{gap} over all schedules of these patterns ({proof.states} states, {proof.labels} labels{merged})"
 
 
 def _heading(text: str) -> Text:

@@ -14,7 +14,9 @@ SURFACE = {
         "--width", "--seed", "--threads", "--device", "--dtype", "--errors-from", "--quick", "--json",
     ],
     "plan": [
-        "PROFILE", "--gpus", "--min-psnr", "--speedup", "--policy", "--without", "--pareto", "--output/-o", "--json",
+        "PROFILE", "--gpus", "--min-psnr", "--speedup", "--max-latency-ms", "--policy", "--quantile", "--adaptive",
+        "--steps", "--strength", "--costs", "--without", "--pareto", "--png", "--html", "--objective",
+        "--arrival-rate", "--percentile", "--output/-o", "--json",
     ],
     "compile": ["PLAN", "MODEL", "--output/-o", "--backend", "--target", "--jobs/-j", "--json"],
     "run": [
@@ -29,7 +31,7 @@ SURFACE = {
         "MODEL...", "--random-weights", "--pixels", "--steps", "--gpus", "--row", "--repeats", "--device", "--backend",
         "--threads", "--seed", "--output/-o", "--json",
     ],
-    "show": ["FILE", "--json"],
+    "show": ["FILE", "--profile", "--json"],
 }
 
 
