@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any
 from .ir import HybridiffError, InputError, Plan, PlanMismatchError, Profile, TargetError, UsageError, WorkerError
 
 if TYPE_CHECKING:
-    from .api import profile
+    from .api import profile, profile_costs
     from .planner import frontier, plan
     from .quality.verify import verify
     from .runtime.parallelize import parallelize
 
 __all__ = [
     "HybridiffError", "InputError", "Plan", "PlanMismatchError", "Profile", "TargetError", "UsageError",
-    "WorkerError", "frontier", "parallelize", "plan", "profile", "verify",
+    "WorkerError", "frontier", "parallelize", "plan", "profile", "profile_costs", "verify",
 ]
 
 _HOMES = {
     "frontier": "planner", "parallelize": "runtime.parallelize", "plan": "planner", "profile": "api",
-    "verify": "quality.verify",
+    "profile_costs": "api", "verify": "quality.verify",
 }
 
 

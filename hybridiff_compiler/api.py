@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 from .ir import LayerGraph, Partition, Pattern, Profile, UsageError
 
-__all__ = ["profile"]
+__all__ = ["profile", "profile_costs"]
 
 
 def profile(
@@ -79,3 +79,94 @@ def profile(
         return partitions, measured_patterns(partitions, worlds)
 
     return session.measure(tables, proposals, errors_from)
+
+
+def profile_costs(
+    model: Any,
+    *,
+    call: Mapping[str, Any] | None = None,
+    prompt: str = "a photograph",
+    name: str | None = None,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 5.0,
+    backend: str | None = None,
+    layer_method: Literal["compiled", "eager"] = "compiled",
+    threads: int | None = None,
+    seed: int = 0,
+    quick: bool = False,
+    gpus: Iterable[int] = (1, 2),
+    links: Sequence[str] = (),
+    random_weights: bool = False,
+    recipe: Any = None,
+    jobs: int = 0,
+    alone: Any = None,
+    on_progress: Any = None,
+    **options: Any,
+) -> Profile:
+    """Measure only times: layers, stage graphs and links. No image is made, and plans from it are exact or free of a
+    quality target.
+
+    Args:
+        model: a diffusers pipeline; or, with `call`, a denoiser.
+        call: keyword arguments of one branch's call of the denoiser.
+        prompt: what the pipeline is called with.
+        name: how the profile names the model.
+        num_inference_steps, guidance_scale: of the generations to plan for.
+        backend: `eager` or `inductor` (default: inductor on CUDA, eager elsewhere).
+        layer_method: `compiled` marks layers inside the compiled whole, `eager` inside the uncompiled one, which saves
+            one compilation.
+        threads: CPU threads of one rank.
+        seed: of the pipeline's call; noted.
+        quick: fewer repeats, and stages are not re-measured after partitions moved.
+        gpus: the numbers of GPUs to plan for later: stages of their partitions are measured.
+        links: devices between which links are measured, e.g. `("cuda:0", "cuda:1")`.
+        random_weights: whether the weights are; noted.
+        recipe, jobs: how helper processes make the denoiser, and how many build graphs ahead
+            (`profiler.precompile.Recipe`).
+        alone: context manager factory opened around samples, to keep others off the machine meanwhile.
+        on_progress: called with (stage, done, total).
+        **options: further keyword arguments of the pipeline call.
+
+    Raises:
+        UsageError: a bare denoiser without `call`, or a number of GPUs out of range.
+        InputError: the denoiser cannot be captured, or the pipeline makes no guided call.
+        WorkerError: a rank failed while links were measured.
+    """
+    from contextlib import nullcontext
+
+    from torch import nn
+
+    from .planner import candidate_partitions, measured_patterns
+    from .planner.worlds import check_gpus
+    from .profiler import Generation
+    from .profiler.costs_only import cost_profile, costs_of_pipeline
+    from .runtime.intercept import find_denoiser
+
+    worlds = tuple(gpus)
+    for world in worlds:
+        check_gpus(world)
+    if call is None and isinstance(model, nn.Module):
+        raise UsageError("got a denoiser without an example call; pass call={...}, one branch's keyword arguments")
+    denoiser = model if call is not None else find_denoiser(model)[1]
+    if backend is None:
+        backend = "inductor" if next(denoiser.parameters()).device.type == "cuda" else "eager"
+
+    def tables(graph: LayerGraph, costs: Sequence[float]) -> tuple[tuple[Partition, ...], tuple[Pattern, ...]]:
+        partitions = candidate_partitions(graph, costs, worlds)
+        return partitions, measured_patterns(partitions, worlds)
+
+    chosen: dict[str, Any] = {
+        "backend": backend, "method": layer_method, "threads": threads, "rounds": 5 if quick else 15,
+        "max_rounds": 1 if quick else 3, "links": links, "random_weights": random_weights, "recipe": recipe,
+        "jobs": jobs, "alone": alone or nullcontext, "on_progress": on_progress or (lambda stage, done, total: None),
+    }
+    named = name or str(getattr(model, "name_or_path", "") or type(model).__name__)
+    if call is not None:
+        return cost_profile(
+            denoiser, call, tables, name=named, num_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed,
+            **chosen,
+        )
+    generation = Generation(
+        pipe=model, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed, options=options,
+    )
+    return costs_of_pipeline(generation, prompt, tables, name=named, **chosen)

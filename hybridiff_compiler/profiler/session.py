@@ -19,8 +19,6 @@ from ..ir import (
     Guidance,
     LayerGraph,
     ModelInfo,
-    Partition,
-    Pattern,
     Plan,
     PlanMismatchError,
     Profile,
@@ -34,13 +32,13 @@ from ..runtime.intercept import find_denoiser
 from ..runtime.segments import SegmentRunner, scale_signature
 from ..runtime.simulator import Simulator
 from .compounding import fit_compounding
-from .costs import measure_layers, measure_segments
 from .curves import error_curves
 from .decode import decoder_of
 from .generate import FirstCall, Generation, noise_levels, prompts_digest
 from .linear import sampler_map
 from .record import Recorder, guided, options_of
 from .sensitivity import Sketches, propagate, pull_back_images
+from .settling import Tables, measure_costs
 from .timing import pinned_threads
 
 __all__ = ["ProfileSession", "Progress"]
@@ -48,7 +46,6 @@ __all__ = ["ProfileSession", "Progress"]
 Progress = Callable[[str, int, int], None]
 """Called with (stage of the session, done, total)."""
 
-Tables = Callable[[LayerGraph, Sequence[float]], tuple[tuple[Partition, ...], tuple[Pattern, ...]]]
 Proposals = Callable[[Profile], Sequence[tuple[tuple[str, ...], float]]]
 
 
@@ -112,32 +109,23 @@ class ProfileSession:
         bare = SegmentRunner(self._denoiser, signature, (), ())
         self._progress("capture", 1, 1)
         with pinned_threads(self._threads):
-            layers = {
-                branches: measure_layers(
-                    bare, call.inputs, branches, rounds=self._rounds, backend=self._backend,
-                    on_progress=lambda done, total: self._progress("layer times", done, total),
-                )[0]
-                for branches in (1, 2)
-            }
-            if known is None:
-                self._partitions, self._patterns = tables(bare.layers, layers[1])
-            else:
+            if known is not None:
                 self._check_same(known, bare.layers)
-                self._partitions, self._patterns = known.partitions, known.patterns
-            self._exact = next(p for p in self._patterns if p.is_exact and p.world_size == 2)
-            runner = self._runner(signature, 1)
-            stages = measure_segments(
-                runner, call.inputs, self._exact, self._patterns, rounds=self._rounds,
-                on_progress=lambda done, total: self._progress("stage times", done, total),
+            measured = measure_costs(
+                self._denoiser, bare, call.inputs,
+                tables if known is None else lambda graph, costs: (known.partitions, known.patterns),
+                backend=self._backend, rounds=self._rounds, step_overhead_s=first.step_overhead(),
+                on_progress=self._progress,
             )
-        costs = Costs(layers=layers, stages=stages, step_overhead_s=first.step_overhead())
+        costs, self._partitions, self._patterns = measured.costs, measured.partitions, measured.patterns
+        self._exact = next(p for p in self._patterns if p.is_exact and p.world_size == 2)
         self._signature = signature
         if known is not None:
             return known.model_copy(update={
-                "model": self._model(runner.layers), "costs": costs, "provenance": self._provenance(),
+                "model": self._model(bare.layers), "costs": costs, "provenance": self._provenance(),
                 "noise_levels": levels, "errors_provenance": known.errors_provenance or known.provenance,
             })
-        profile = self._with_errors(costs, runner.layers)
+        profile = self._with_errors(costs, bare.layers)
         return profile.model_copy(update={
             "noise_levels": levels, "compounding": self._fit(profile, proposals(profile)),
         })
@@ -163,7 +151,6 @@ class ProfileSession:
         if images not in self._runners:
             self._runners[images] = SegmentRunner(
                 self._denoiser, scale_signature(signature, 1, images), self._patterns, self._partitions, batch=images,
-                backend=self._backend,
             )
         return self._runners[images]
 

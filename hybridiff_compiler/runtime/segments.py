@@ -114,7 +114,7 @@ class SegmentRunner:
         *,
         batch: int = 1,
         backend: str = "eager",
-        captured: CapturedDenoiser | StoredGraphs | None = None,
+        captured: CapturedDenoiser | Mapping[int, CapturedDenoiser] | StoredGraphs | None = None,
         recorder: Recorder | None = None,
     ) -> None:
         """
@@ -125,7 +125,8 @@ class SegmentRunner:
             partitions: the partitions that they name (`whole` needs no entry).
             batch: leading size of the leaves of `signature` that carry the images of a branch.
             backend: see `hybridiff_compiler.backends`, or the name of a bundle.
-            captured: the graph at `signature`, or the graphs of the bundle, when the caller has it already.
+            captured: the graph at `signature`, when the caller has it already; or graphs by the number of branches
+                batched together, 1 among them; or the graphs of the bundle.
             recorder: replay the graphs on static buffers (see `backends.cuda_graph`); default: call them.
 
         Raises:
@@ -143,7 +144,10 @@ class SegmentRunner:
             self._stored.check_covers(signature, partitions)
             self.layers = self._stored.layers
         else:
-            self._captures[1] = cast("CapturedDenoiser", captured or capture_branch(denoiser, signature))
+            if isinstance(captured, Mapping):
+                self._captures.update(captured)
+            else:
+                self._captures[1] = cast("CapturedDenoiser", captured or capture_branch(denoiser, signature))
             self.layers = self._captures[1].layers
         self._partitions = {p.name: p for p in partitions} | {WHOLE: Partition.whole(self.layers)}
         for partition in self._partitions.values():
@@ -152,6 +156,11 @@ class SegmentRunner:
         segments = dict.fromkeys(s for pattern in patterns for s in lower(pattern))
         self.taps = tuple(dict.fromkeys(r.value for s in segments for r in self.values_read(s)))
         self._graphs: dict[tuple[str, tuple[int, ...], int], _Graph] = {}
+
+    @property
+    def signature(self) -> CallSignature:
+        """One branch's call."""
+        return self._signature
 
     @lru_cache(maxsize=1024)  # noqa: B019 - runners live as long as their segments
     def values_read(self, segment: Segment) -> tuple[ValueRead, ...]:
