@@ -24,6 +24,7 @@ def profile(
     quick: bool = False,
     gpus: Iterable[int] = (1, 2, 4),
     errors_from: Profile | None = None,
+    backend: str | None = None,
     on_progress: Any = None,
     **options: Any,
 ) -> Profile:
@@ -42,6 +43,7 @@ def profile(
         quick: at most four prompts, two probes and three ages: minutes become seconds, curves become rough.
         gpus: the numbers of GPUs to plan for later: their ways to run a step are measured.
         errors_from: a profile of the same generations made on another device; only costs are measured then.
+        backend: what stages are timed with, `eager` or `inductor` (default: inductor on CUDA, eager elsewhere).
         on_progress: called with (stage, done, total).
         **options: further keyword arguments of the pipeline call (height, width, negative_prompt, ...).
 
@@ -53,6 +55,7 @@ def profile(
     from .planner import candidate_partitions, measured_patterns, proposals
     from .planner.worlds import check_gpus
     from .profiler import Generation, ProfileSession
+    from .runtime.intercept import find_denoiser
 
     if num_inference_steps < 3:
         raise UsageError(f"got {num_inference_steps} steps; a schedule needs at least 3")
@@ -71,6 +74,7 @@ def profile(
         ages=(1, 3, 8) if quick else (1, 2, 3, 5, 8),
         rounds=5 if quick else 15,
         images_per_batch=images_per_batch,
+        backend=_backend(find_denoiser(pipe)[1], backend),
         on_progress=on_progress,
     )
 
@@ -148,15 +152,13 @@ def profile_costs(
     if call is None and isinstance(model, nn.Module):
         raise UsageError("got a denoiser without an example call; pass call={...}, one branch's keyword arguments")
     denoiser = model if call is not None else find_denoiser(model)[1]
-    if backend is None:
-        backend = "inductor" if next(denoiser.parameters()).device.type == "cuda" else "eager"
-
     def tables(graph: LayerGraph, costs: Sequence[float]) -> tuple[tuple[Partition, ...], tuple[Pattern, ...]]:
         partitions = candidate_partitions(graph, costs, worlds)
         return partitions, measured_patterns(partitions, worlds)
 
     chosen: dict[str, Any] = {
-        "backend": backend, "method": layer_method, "threads": threads, "rounds": 5 if quick else 15,
+        "backend": _backend(denoiser, backend), "method": layer_method, "threads": threads,
+        "rounds": 5 if quick else 15,
         "max_rounds": 1 if quick else 3, "links": links, "random_weights": random_weights, "recipe": recipe,
         "jobs": jobs, "alone": alone or nullcontext, "on_progress": on_progress or (lambda stage, done, total: None),
     }
@@ -170,3 +172,10 @@ def profile_costs(
         pipe=model, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed, options=options,
     )
     return costs_of_pipeline(generation, prompt, tables, name=named, **chosen)
+
+
+def _backend(denoiser: Any, wanted: str | None) -> str:
+    """What will run on the denoiser's device unless the user says otherwise."""
+    if wanted is not None:
+        return wanted
+    return "inductor" if next(denoiser.parameters()).device.type == "cuda" else "eager"

@@ -2,14 +2,13 @@
 
 Inductor compiles one graph after the other in a process and takes a minute or two for a large denoiser, while it
 caches on disk what it compiled. A helper makes the same denoiser (by an importable function, so with random weights:
-weights are no part of compiled code), cuts the same graphs and compiles them. `python -m
-hybridiff_compiler.profiler.precompile` is such a helper; it lives as long as its standard input.
+weights are no part of compiled code), cuts the same graphs and compiles them. `precompile_worker` is such
+a helper.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
 import subprocess
@@ -19,11 +18,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from ..ir import CallSignature, Data, Partition, Pattern, Segment
 
-__all__ = ["Helpers", "Recipe", "main"]
+__all__ = ["Helpers", "Job", "Recipe"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,9 @@ class Recipe:
     """JSON values."""
 
 
-class _Job(Data):
+class Job(Data):
+    """One graph to build."""
+
     signature: CallSignature
     backend: str
     partitions: tuple[Partition, ...]
@@ -61,7 +60,7 @@ class Helpers:
         for _ in range(count if recipe is not None else 0):
             assert recipe is not None
             helper = subprocess.Popen(
-                [sys.executable, "-m", "hybridiff_compiler.profiler.precompile"], stdin=subprocess.PIPE,
+                [sys.executable, "-m", "hybridiff_compiler.profiler.precompile_worker"], stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, text=True, bufsize=1,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path)},
             )
@@ -83,7 +82,7 @@ class Helpers:
 
         numbers = {segment: number for number, segment in enumerate(distinct_segments(patterns).values())}
         queue = [
-            _Job(
+            Job(
                 signature=signature, backend=self._backend, partitions=tuple(partitions), patterns=tuple(patterns),
                 segment=numbers[segment],
             ).model_dump_json()
@@ -134,34 +133,3 @@ class Helpers:
         with contextlib.suppress(OSError):
             assert helper.stdin is not None
             helper.stdin.write(json.dumps(message) + "\n")
-
-
-def main() -> None:
-    """A helper: a recipe on the first line of standard input, then one job a line; answers each with a line."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    first = sys.stdin.readline()
-    if not first:
-        return
-
-    from ..runtime.segments import SegmentRunner
-    from .costs import distinct_segments
-
-    recipe = json.loads(first)
-    module, _, function = recipe["function"].partition(":")
-    denoiser = getattr(importlib.import_module(module), function)(**recipe["arguments"])
-    parse = TypeAdapter(_Job).validate_json
-    captured: dict[int, Any] = {}
-    for line in sys.stdin:
-        job = parse(line)
-        runner = SegmentRunner(
-            denoiser, job.signature, job.patterns, job.partitions, backend=job.backend, captured=captured or None
-        )
-        segment = list(distinct_segments(job.patterns).values())[job.segment]
-        captured |= {batch: runner.captured(batch) for batch in {1, len(segment.branches)}}
-        runner.seconds(segment, repeats=1)
-        answers.write("built\n")
-
-
-if __name__ == "__main__":
-    main()

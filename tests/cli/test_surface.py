@@ -11,7 +11,8 @@ SURFACE = {
     "demo": ["--out", "--reprofile", "--profiles", "--prompts", "--models", "--json"],
     "profile": [
         "MODEL", "--output/-o", "--prompt", "--prompts", "--limit", "--steps", "--guidance-scale", "--height",
-        "--width", "--seed", "--threads", "--device", "--dtype", "--errors-from", "--quick", "--json",
+        "--width", "--seed", "--threads", "--device", "--dtype", "--errors-from", "--costs-only",
+        "--random-weights", "--gpus", "--backend", "--jobs", "--quick", "--json",
     ],
     "plan": [
         "PROFILE", "--gpus", "--min-psnr", "--speedup", "--max-latency-ms", "--policy", "--quantile", "--adaptive",

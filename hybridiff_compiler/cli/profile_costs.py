@@ -1,0 +1,107 @@
+"""`hybridiff profile --costs-only`: times without images, also of architectures with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..ir import UsageError
+
+if TYPE_CHECKING:
+    from ..ir import Profile
+
+__all__ = ["CostOptions", "link_devices", "measure_costs_only", "with_measured_links"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostOptions:
+    """What the command line says about costs."""
+
+    device: str
+    dtype: str | None
+    backend: str | None
+    threads: int | None
+    gpus: int | None
+    steps: int | None
+    guidance_scale: float | None
+    seed: int
+    quick: bool
+    random_weights: bool
+    jobs: int
+
+
+def measure_costs_only(model: str, options: CostOptions, call_options: Any, on_progress: Any) -> Profile:
+    """The profile of costs of MODEL; with random weights the name of an architecture.
+
+    Args:
+        model: as on the command line.
+        options: see `CostOptions`.
+        call_options: function from the loaded model to the keyword arguments of a pipeline call.
+        on_progress: called with (stage, done, total).
+    """
+    from ..api import profile_costs
+
+    common: dict[str, Any] = {
+        "backend": options.backend, "threads": options.threads, "seed": options.seed, "quick": options.quick,
+        "gpus": _worlds(options.gpus), "links": link_devices(options.device, options.gpus, options.quick),
+        "on_progress": on_progress,
+    }
+    if options.random_weights:
+        from ..profiler.precompile import Recipe
+        from ..quality.denoisers import random_denoiser
+
+        built = random_denoiser(model, device=options.device, dtype=options.dtype, seed=options.seed)
+        recipe = Recipe("hybridiff_compiler.quality.denoisers:build_denoiser", {
+            "name": model, "device": options.device, "dtype": options.dtype,
+        })
+        return profile_costs(
+            built.denoiser, call=built.call, name=model, random_weights=True, recipe=recipe, jobs=options.jobs,
+            num_inference_steps=options.steps or built.spec.steps,
+            guidance_scale=_or(options.guidance_scale, built.spec.guidance_scale), **common,
+        )
+    from .models import load_model
+
+    loaded = load_model(model, device=options.device, dtype=options.dtype)
+    return profile_costs(
+        loaded.pipe, name=loaded.name, prompt=(*loaded.profiling_prompts, "a photograph")[0],
+        num_inference_steps=options.steps or loaded.num_inference_steps,
+        guidance_scale=_or(options.guidance_scale, loaded.guidance_scale), **common, **call_options(loaded),
+    )
+
+
+def with_measured_links(profile: Profile, options: CostOptions, on_progress: Any) -> Profile:
+    """`profile` with links between the devices that the options ask for."""
+    from ..profiler.links import with_links
+
+    costs = with_links(
+        profile.costs, link_devices(options.device, options.gpus, options.quick), threads=options.threads or 1,
+        on_progress=lambda done, total: on_progress("links", done, total),
+    )
+    return profile.model_copy(update={"costs": costs})
+
+
+def link_devices(device: str, gpus: int | None, quick: bool) -> Sequence[str]:
+    """Devices between which links are measured: ranks 0 to `gpus - 1`; by default all GPUs, or two CPU processes.
+
+    Raises:
+        UsageError: more GPUs than the machine has.
+    """
+    if quick and gpus is None:
+        return ()
+    if device == "cpu":
+        return ("cpu",) * (2 if gpus is None else gpus)
+    import torch
+
+    present = torch.cuda.device_count()
+    if gpus is not None and gpus > present:
+        raise UsageError(f"got --gpus {gpus}, this machine has {present}; links can be measured between those only")
+    return tuple(f"cuda:{index}" for index in range(present if gpus is None else gpus))
+
+
+def _worlds(gpus: int | None) -> tuple[int, ...]:
+    return tuple(sorted({1, 2, *(() if gpus is None else (gpus,))}))
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
