@@ -17,7 +17,8 @@ def command(
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; an older bundle is replaced.")],
     backend: Annotated[str | None, typer.Option(
         help="aotinductor, onnx, tensorrt or tensorrt-rtx [default: the strongest one here].")] = None,
-    target: Annotated[str | None, typer.Option(help="GPU to build for, e.g. sm_89 [default: this machine's].")] = None,
+    target: Annotated[str | None, typer.Option(
+        help="GPU to build for: sm_89 and the like, or CURRENT [default: this machine's].")] = None,
     jobs: Annotated[int | None, typer.Option(
         "--jobs", "-j", min=1, help="Processes that compile [default: as cores and memory allow].")] = None,
     json_mode: Annotated[bool, typer.Option("--json", help="Print the manifest as one JSON object.")] = False,
