@@ -6,6 +6,7 @@ predictions; `alternating_plan` and `fewer_steps` make the simpler schedules to 
 """
 
 from .cost import CostModel, StepCost, step_cost
+from .divide import Division, divide
 from .explain import CheapRun, Explanation, Trade, explain
 from .fleet import OBJECTIVES, Fleet, FleetOption, plan_fleet
 from .partition import candidate_partitions, linear, nested, thin
@@ -25,6 +26,7 @@ from .queueing import Queue, simulate_queue
 from .reference import alternating_plan, alternating_steps, fewer_steps
 from .rescale import at_steps, noise_levels_of
 from .rings import rings
+from .run_costs import RunCosts, Worker, shared_layers
 from .schedule import Frontier, solve_frontier
 from .solve import COSTS, FrontierPoint, frontier, plan, plan_for_steps, solve_problem
 from .switching import PromptSamples, switched_plan
@@ -34,11 +36,12 @@ from .work import in_work_units, step_work, work_speedup
 from .worlds import MAX_GPUS, stage_counts
 
 __all__ = [
-    "COSTS", "FAMILIES", "MAX_GPUS", "OBJECTIVES", "POLICIES", "CheapRun", "CostModel", "Explanation", "Family",
-    "Fleet", "FleetOption", "Frontier", "FrontierPoint", "Problem", "PromptSamples", "Queue", "StepCost", "StepTable",
-    "Target", "Trade", "alternating_plan", "alternating_steps", "at_steps", "candidate_partitions", "exact_patterns",
-    "explain", "family_of", "fewer_steps", "frontier", "generate_patterns", "in_work_units", "linear",
-    "measured_patterns", "nested", "noise_levels_of", "on_ranks", "placements", "plan", "plan_fleet", "plan_for_steps",
-    "proposals", "prune_dominated", "rank_free", "rings", "schedule_errors", "simulate_queue", "solve_frontier",
-    "solve_problem", "stage_counts", "step_cost", "step_tables", "step_work", "switched_plan", "thin", "work_speedup",
+    "COSTS", "FAMILIES", "MAX_GPUS", "OBJECTIVES", "POLICIES", "CheapRun", "CostModel", "Division", "Explanation",
+    "Family", "Fleet", "FleetOption", "Frontier", "FrontierPoint", "Problem", "PromptSamples", "Queue", "RunCosts",
+    "StepCost", "StepTable", "Target", "Trade", "Worker", "alternating_plan", "alternating_steps", "at_steps",
+    "candidate_partitions", "divide", "exact_patterns", "explain", "family_of", "fewer_steps", "frontier",
+    "generate_patterns", "in_work_units", "linear", "measured_patterns", "nested", "noise_levels_of", "on_ranks",
+    "placements", "plan", "plan_fleet", "plan_for_steps", "proposals", "prune_dominated", "rank_free", "rings",
+    "schedule_errors", "shared_layers", "simulate_queue", "solve_frontier", "solve_problem", "stage_counts",
+    "step_cost", "step_tables", "step_work", "switched_plan", "thin", "work_speedup",
 ]
