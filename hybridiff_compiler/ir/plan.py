@@ -68,6 +68,9 @@ class Certificate(Data):
     """Pairs of state and latency that the search kept, over all steps."""
     simplified: bool = False
     """Whether the search merged ages (on the cautious side); the bound holds without."""
+    over: Literal["all", "undominated", "relaxed"] = "all"
+    """What the bound holds for: all schedules of the candidate patterns, those of the patterns that no other beats at
+    every step and age, or (loosely) all schedules with ages taken as young as they can be."""
 
     @property
     def gap(self) -> float:

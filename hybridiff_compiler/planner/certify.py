@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from ..ir import Certificate
 from .bound import Pricing
 from .problem import Problem
 from .schedule import Frontier, one_exact
+from .tables import prune_dominated
 from .target import Target
 
 __all__ = ["certify", "largest_error"]
@@ -17,11 +20,19 @@ def certify(problem: Problem, target: Target, solved: Frontier, point: int) -> C
     """A proof for the point of a frontier that answers `target`.
 
     The bound holds over every schedule of every candidate pattern, also where the frontier was solved over fewer
-    candidates or merged ages. Where the solver itself was exact over all candidates, its own guarantee
-    (`Frontier.gap_s`) is used if it is the sharper one.
+    candidates or merged ages. Where that makes too many ages, it is over the candidates that no other beats
+    (`prune_dominated`), and where even those are too many, ages are relaxed. Where the solver itself was exact over
+    all candidates, its own guarantee (`Frontier.gap_s`) is used if it is the sharper one.
     """
     tables = one_exact(problem.tables)
+    over: Literal["all", "undominated", "relaxed"] = "all"
     pricing = Pricing(tables, problem.profile.num_steps)
+    if pricing.relaxed:
+        fewer = Pricing(one_exact(prune_dominated(problem.tables)), problem.profile.num_steps)
+        if fewer.relaxed:
+            over = "relaxed"
+        else:
+            pricing, over = fewer, "undominated"
     latency, error = float(solved.latency_s[point]), float(solved.error[point])
     exact_over_all = not solved.simplified and not solved.supported_only and set(solved.names) == {
         table.pattern.name for table in tables
@@ -37,6 +48,7 @@ def certify(problem: Problem, target: Target, solved: Frontier, point: int) -> C
     return Certificate(
         objective="error" if needed is None else "latency_s", value=value, lower_bound=min(value, lower),
         states=max(1, solved.states), labels=max(1, solved.labels), simplified=solved.simplified,
+        over=over,
     )
 
 

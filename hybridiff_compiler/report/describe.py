@@ -107,7 +107,11 @@ def _certificate(proof: Certificate) -> str:
     what = "latency" if proof.objective == "latency_s" else "error"
     merged = ", ages merged in the search" if proof.simplified else ""
     gap = "optimal" if proof.gap < 1e-6 else f"{what} within {proof.gap:.2%} of the least possible"
-    return f"{gap} over all schedules of these patterns ({proof.states} states, {proof.labels} labels{merged})"
+    scope = {
+        "all": "all schedules of the candidate patterns", "undominated": "all schedules of the undominated patterns",
+        "relaxed": "all schedules of the candidate patterns, by a loose bound",
+    }[proof.over]
+    return f"{gap} over {scope} ({proof.states} states, {proof.labels} labels{merged})"
 
 
 def _heading(text: str) -> Text:

@@ -28,7 +28,7 @@ def test_targets_from_the_same_frontier(hybridiff, profile_file):
     text = hybridiff("plan", profile_file, "--min-psnr", "24", "--quantile", "0.1").out
     assert "dB or more for 90% of prompts" in text
     assert "x in denoiser evaluations" in text
-    assert "over all schedules of these patterns" in text
+    assert "over all schedules of the candidate patterns" in text
 
 
 def test_infeasible_targets_name_the_nearest(hybridiff, profile_file):
