@@ -64,7 +64,7 @@ def at_steps(
         if not 0 < strength <= 1:
             raise UsageError(f"got strength={strength:g}; give a number above 0 and at most 1")
         run = min(total, int(total * strength))
-        position = np.asarray((total - run + np.arange(run)) * (old / max(1, total)), dtype=np.float64)
+        position = _same_scheduler(profile, total)[total - run :]
     if len(position) < 3:
         raise UsageError(f"got {len(position)} steps; a schedule needs at least 3")
     span = _spans(position, old)
@@ -90,11 +90,28 @@ def at_steps(
     compounding = profile.compounding.model_copy(update={
         "residual_db": math.hypot(profile.compounding.residual_db, drift)
     })
-    levels = np.interp(position, grid, noise_levels_of(profile)).tolist() if noise_levels is None else noise_levels
+    known = np.asarray(noise_levels_of(profile))
+    before = 2 * known[0] - known[1]  # finer steps may begin before the profile's first one
+    levels = np.interp(position, [-1, *grid], [before, *known]) if noise_levels is None else noise_levels
     return profile.model_copy(update={
         "num_steps": len(position), "errors": errors, "guidance": guidance, "compounding": compounding,
         "noise_levels": tuple(map(float, levels)),
     })
+
+
+def _same_scheduler(profile: Profile, total: int) -> NDArray[np.float64]:
+    """Positions of `total` steps of the profile's scheduler, as far as its own levels show how it spaces them: first
+    and last step kept where the first is pure noise (flow matching, "linspace" and "trailing" spacing), else the last
+    step kept and the others further apart ("leading" spacing)."""
+    old, levels = profile.num_steps, profile.noise_levels
+    if len(levels) > 1:
+        starts_from_noise = levels[0] > 1 - (levels[0] - levels[-1]) / (old - 1) / 2
+    else:
+        starts_from_noise = "flow" in profile.scheduler.lower()
+    steps = np.arange(total)
+    if starts_from_noise:
+        return np.asarray(steps * ((old - 1) / max(1, total - 1)), dtype=np.float64)
+    return np.asarray(old - 1 - (total - 1 - steps) * (old / max(1, total)), dtype=np.float64)
 
 
 def _positions(profile: Profile, levels: Sequence[float]) -> NDArray[np.float64]:

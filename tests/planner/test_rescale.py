@@ -25,7 +25,7 @@ def smooth(num_steps: int, max_age: int = 8) -> Profile:
         PatternErrors(pattern=e.pattern, curves=tuple(ErrorCurve(source=c.source, rmse=rmse) for c in e.curves))
         for e in profile.errors
     )
-    curve = tuple((0.5 - 0.3 * np.arange(num_steps) * size).tolist())
+    curve = tuple((0.5 - 0.3 * (np.arange(num_steps) + 1) * size).tolist())
     return profile.model_copy(update={"errors": errors, "guidance": Guidance(rel_mae=(curve, curve))})
 
 
@@ -40,10 +40,10 @@ def test_errors_by_distance_are_those_of_a_profile_at_that_number(steps: int) ->
     got, want = curves(derived), curves(direct)[:, : curves(derived).shape[1]]
     assert got.shape == (steps, min(12, int(8 * steps / 50)))
     inside = slice(0, steps - max(2, steps // 20))  # at the end the steps reach beyond the last profiled one
-    np.testing.assert_allclose(got[inside], want[inside], rtol=0.03)
+    np.testing.assert_allclose(got[inside], want[inside], rtol=0.06)
     assert derived.guidance is not None
     assert direct.guidance is not None
-    np.testing.assert_allclose(derived.guidance.mean[:-2], direct.guidance.mean[:-2], atol=1e-6)
+    np.testing.assert_allclose(derived.guidance.mean[1:-2], direct.guidance.mean[1:-2], atol=1e-6)
     assert derived.compounding.residual_db == pytest.approx(
         np.hypot(smooth(50).compounding.residual_db, DRIFT_DB * abs(np.log2(50 / steps)))
     )
@@ -85,6 +85,14 @@ def test_image_to_image_is_the_end_of_the_trajectory() -> None:
     assert part.num_steps == 15
     np.testing.assert_allclose(curves(part), curves(profile)[35:], rtol=1e-6)
     assert at_steps(profile, 100, strength=0.3).num_steps == 30
+
+
+def test_spacing_follows_the_recorded_levels() -> None:
+    leading = smooth(50).model_copy(update={"noise_levels": tuple((981 - 20 * i) / 1000 for i in range(50))})
+    assert at_steps(leading, 25).noise_levels == pytest.approx([(961 - 40 * i) / 1000 for i in range(25)])
+    flow = smooth(50).model_copy(update={"noise_levels": tuple(np.linspace(1, 0.001, 50).tolist())})
+    assert at_steps(flow, 25).noise_levels == pytest.approx(np.linspace(1, 0.001, 25))
+    assert at_steps(flow, 100).noise_levels == pytest.approx(np.linspace(1, 0.001, 100))
 
 
 def test_levels_of_another_scheduler_find_their_place() -> None:
