@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from .ir import LayerGraph, Partition, Pattern, Profile, UsageError
@@ -16,15 +17,17 @@ def profile(
     prompts: Sequence[str],
     name: str | None = None,
     num_inference_steps: int = 50,
-    guidance_scale: float = 5.0,
+    guidance_scale: float | Sequence[float] = 5.0,
     seed: int = 0,
     threads: int | None = None,
     probes: int = 4,
     images_per_batch: int = 8,
     quick: bool = False,
+    full: bool = False,
     gpus: Iterable[int] = (1, 2, 4),
     errors_from: Profile | None = None,
     backend: str | None = None,
+    partial: Path | None = None,
     on_progress: Any = None,
     **options: Any,
 ) -> Profile:
@@ -35,46 +38,62 @@ def profile(
         prompts: calibration prompts; prompt k is generated from `seed + k`. A dozen or more for a profile to trust.
         name: how the profile names the model (default: the pipeline's name or path).
         num_inference_steps: denoising steps of the generations to plan for.
-        guidance_scale: classifier-free guidance scale (above 1).
+        guidance_scale: classifier-free guidance scale (above 1). Of several, the first one is that of the profile; at
+            the others the discrepancy is recorded.
         seed: seeds prompts and probes; equal seeds give equal error curves.
         threads: CPU threads of one rank, used for timing only (None: as torch is set).
         probes: random image directions per prompt for the propagation of errors.
         images_per_batch: prompts generated together while errors are recorded.
-        quick: at most four prompts, two probes and three ages: minutes become seconds, curves become rough.
+        quick: at most four prompts, two probes and few steps and ages: minutes become seconds, curves become rough.
+        full: errors of every step and more ages, on all prompts (several times the work; for GPUs). The default
+            measures every third step and the first and last ones, three ages and eight prompts, and interpolates.
         gpus: the numbers of GPUs to plan for later: their ways to run a step are measured.
         errors_from: a profile of the same generations made on another device; only costs are measured then.
         backend: what stages are timed with, `eager` or `inductor` (default: inductor on CUDA, eager elsewhere).
+        partial: file for the state of an unfinished session: written as parts finish, continued when it exists, deleted
+            at the end.
         on_progress: called with (stage, done, total).
         **options: further keyword arguments of the pipeline call (height, width, negative_prompt, ...).
 
     Raises:
         UsageError: no prompts, a number of steps below 3, or a number of GPUs out of range.
         InputError: the pipeline makes no guided calls, has no decoder, or its scheduler is stochastic.
-        PlanMismatchError: `errors_from` is not for these generations.
+        PlanMismatchError: `errors_from` is not for these generations, or `partial` is of another session.
     """
-    from .planner import candidate_partitions, measured_patterns, proposals
+    from .planner import candidate_partitions, measured_patterns
+    from .planner.sampling import trial_schedules
     from .planner.worlds import check_gpus
-    from .profiler import Generation, ProfileSession
+    from .profiler import ErrorSettings, Generation, ProfileSession
+    from .profiler.grid import FULL, QUICK, THINNED
     from .runtime.intercept import find_denoiser
 
     if num_inference_steps < 3:
         raise UsageError(f"got {num_inference_steps} steps; a schedule needs at least 3")
+    if quick and full:
+        raise UsageError("got quick and full; give one of them")
     worlds = tuple(gpus)
     for world in worlds:
         check_gpus(world)
+    scales = [guidance_scale] if isinstance(guidance_scale, int | float) else list(guidance_scale)
+    if not scales:
+        raise UsageError("got no guidance scale; give one above 1")
+    prompts = list(prompts)[:4] if quick else list(prompts)
     session = ProfileSession(
         Generation(
-            pipe=pipe, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed,
-            options=options,
+            pipe=pipe, num_inference_steps=num_inference_steps, guidance_scale=scales[0], seed=seed, options=options,
         ),
-        list(prompts)[:4] if quick else list(prompts),
+        prompts,
         name=name or str(getattr(pipe, "name_or_path", "") or type(pipe).__name__),
         threads=threads,
-        probes=min(probes, 2) if quick else probes,
-        ages=(1, 3, 8) if quick else (1, 2, 3, 5, 8),
+        errors=ErrorSettings(
+            probes=min(probes, 2) if quick else probes, images_per_batch=images_per_batch,
+            curve_prompts=max(1, len(prompts)) if full else 8, grid=FULL if full else QUICK if quick else THINNED,
+        ),
+        guidance_scales=scales[1:],
         rounds=5 if quick else 15,
-        images_per_batch=images_per_batch,
         backend=_backend(find_denoiser(pipe)[1], backend),
+        partial=partial,
+        tables_for=f"GPUs {worlds}",
         on_progress=on_progress,
     )
 
@@ -82,7 +101,10 @@ def profile(
         partitions = candidate_partitions(graph, costs, worlds)
         return partitions, measured_patterns(partitions, worlds)
 
-    return session.measure(tables, proposals, errors_from)
+    def schedules(profile: Profile) -> Sequence[tuple[tuple[str, ...], str]]:
+        return trial_schedules(profile, random=3 if quick else 8, seed=seed)
+
+    return session.measure(tables, schedules, errors_from)
 
 
 def profile_costs(

@@ -22,7 +22,8 @@ def command(
     prompts: Annotated[Path | None, typer.Option(help="A text file of prompts, one a line.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first so many prompts.")] = None,
     steps: Annotated[int | None, typer.Option(min=3, help="Denoising steps [default: 50].")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance scale [default: 5].")] = None,
+    guidance_scale: Annotated[list[float] | None, typer.Option(
+        help="Classifier-free guidance scale [default: 5]; repeat to record the discrepancy at more scales.")] = None,
     height: Annotated[int | None, typer.Option(min=8, help="Image height [default: the model's].")] = None,
     width: Annotated[int | None, typer.Option(min=8, help="Image width [default: the model's].")] = None,
     seed: Annotated[int, typer.Option(help="Prompt k starts from seed + k.")] = 0,
@@ -43,9 +44,16 @@ def command(
     jobs: Annotated[int, typer.Option(
         min=0, help="Processes that compile ahead (random weights only; each holds the weights once more).")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Few prompts and probes: rough curves in seconds.")] = False,
+    full: Annotated[bool, typer.Option(
+        "--full", help="Errors of every step on every prompt, nothing interpolated: several times the work.")] = False,
+    restart: Annotated[bool, typer.Option(
+        "--restart", help="Begin anew, whatever an unfinished run has left beside the output.")] = False,
     json_mode: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure MODEL once: layer and stage times, guidance curve, image error of every cheap way to run a step."""
+    """Measure MODEL once: layer and stage times, guidance curve, image error of every cheap way to run a step.
+
+    What is finished is kept in OUTPUT.partial; the same command continues a stopped run from there.
+    """
     from ..api import profile as measure
     from ..ir import Profile, UsageError
     from .calls import call_options, check_device
@@ -62,8 +70,12 @@ def command(
     known = Profile.load(errors_from) if errors_from is not None else None
     options = CostOptions(
         device=device, dtype=dtype, backend=backend, threads=threads if device == "cpu" else None, gpus=gpus,
-        steps=steps, guidance_scale=guidance_scale, seed=seed, quick=quick, random_weights=random_weights, jobs=jobs,
+        steps=steps, guidance_scale=guidance_scale[0] if guidance_scale else None, seed=seed, quick=quick,
+        random_weights=random_weights, jobs=jobs,
     )
+    partial = output.with_name(f"{output.name}.partial")
+    if restart:
+        partial.unlink(missing_ok=True)
     with opened(json_mode) as out:
         if costs_only:
             with out.progress() as on_progress:
@@ -78,9 +90,9 @@ def command(
             measured = measure(
                 loaded.pipe, prompts=chosen, name=loaded.name,
                 num_inference_steps=steps or loaded.num_inference_steps,
-                guidance_scale=loaded.guidance_scale if guidance_scale is None else guidance_scale,
-                seed=seed, threads=threads if device == "cpu" else None, quick=quick, errors_from=known,
-                backend=backend, on_progress=on_progress,
+                guidance_scale=guidance_scale or loaded.guidance_scale,
+                seed=seed, threads=threads if device == "cpu" else None, quick=quick, full=full, errors_from=known,
+                backend=backend, partial=partial, on_progress=on_progress,
                 **call_options(loaded, height, width),
             )
             measured = with_measured_links(measured, options, on_progress)

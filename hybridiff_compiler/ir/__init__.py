@@ -16,6 +16,7 @@ from .profile import (
     Compounding,
     Costs,
     ErrorCurve,
+    ErrorSampling,
     Guidance,
     LayerTiming,
     Link,
@@ -23,6 +24,8 @@ from .profile import (
     PatternErrors,
     Profile,
     Provenance,
+    Redundancy,
+    ScheduleCheck,
     StageCost,
 )
 from .schedule import (
@@ -39,10 +42,10 @@ from .signature import CallSignature, LeafSpec
 
 __all__ = [
     "BRANCHES", "NEVER", "WHOLE", "AdaptiveSchedule", "AgeModel", "Ages", "Branch", "Broadcast", "CallSignature",
-    "Certificate", "Combine", "Compounding", "Costs", "Data", "Document", "ErrorCurve", "FixedSchedule", "Guidance",
-    "HybridiffError", "InputError", "Layer", "LayerGraph", "LayerTiming", "LeafSpec", "Link", "ModelInfo", "Partition",
-    "Pattern", "PatternErrors", "Plan", "PlanMismatchError", "PlanProvenance", "Predictions", "Profile", "Provenance",
-    "RankSpec", "Read", "Schedule", "Segment", "StageCost", "Statistic", "SwitchedSchedule", "TargetError", "Unit",
-    "UsageError", "Value", "WorkerError", "check_reads", "dry_run", "format_steps", "lower", "parse_steps",
-    "write_text_atomically",
+    "Certificate", "Combine", "Compounding", "Costs", "Data", "Document", "ErrorCurve", "ErrorSampling",
+    "FixedSchedule", "Guidance", "HybridiffError", "InputError", "Layer", "LayerGraph", "LayerTiming", "LeafSpec",
+    "Link", "ModelInfo", "Partition", "Pattern", "PatternErrors", "Plan", "PlanMismatchError", "PlanProvenance",
+    "Predictions", "Profile", "Provenance", "RankSpec", "Read", "Redundancy", "Schedule", "ScheduleCheck", "Segment",
+    "StageCost", "Statistic", "SwitchedSchedule", "TargetError", "Unit", "UsageError", "Value", "WorkerError",
+    "check_reads", "dry_run", "format_steps", "lower", "parse_steps", "write_text_atomically",
 ]

@@ -9,9 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..ir import Certificate, Pattern, Plan, Predictions, Profile
+from .describe_errors import describe_guidance, describe_redundancy, describe_trust
 from .strip import count_patterns, legend, letters, representative_steps, strip
 from .style import plain_table
-from .textplot import text_plot
 from .timeline import TIMELINE_LEGEND, timeline
 
 __all__ = ["describe_plan", "describe_profile", "plan_summary"]
@@ -70,19 +70,13 @@ def describe_profile(profile: Profile) -> list[RenderableType]:
     parts.append(_layers_table(profile))
     if profile.costs.stages:
         parts.append(_stages_table(profile))
-    if profile.guidance is not None:
-        parts.append(_heading("denoising discrepancy (rel-MAE), mean over prompts"))
-        parts.append(Text(text_plot(profile.guidance.mean)))
+    parts += describe_guidance(profile)
     if profile.patterns:
         parts.append(_patterns_table(profile.patterns))
     if profile.errors:
         parts.append(_errors_table(profile))
-        fit = profile.compounding
-        parts.append(Text(
-            "whole schedules, summed errors -> mean PSNR in dB: "
-            + "  ".join(f"{raw:.1f}->{measured:.1f}" for raw, measured in fit.knots)
-            + f"; residual {fit.residual_db:.2f} dB over {fit.schedules} schedules, {fit.prompts} prompts"
-        ))
+        parts += describe_redundancy(profile)
+        parts += describe_trust(profile)
     return parts
 
 
