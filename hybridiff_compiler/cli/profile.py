@@ -43,6 +43,10 @@ def command(
         help="What will run the stages: eager or inductor [default: inductor on cuda].")] = None,
     jobs: Annotated[int, typer.Option(
         min=0, help="Processes that compile ahead (random weights only; each holds the weights once more).")] = 0,
+    estimate: Annotated[str | None, typer.Option(
+        help="Estimate the times on another kind of GPU instead: h100, a100, l40s, rtx4090, rtx3090, ...")] = None,
+    fit: Annotated[Path | None, typer.Option(
+        help="With --estimate: take efficiencies from this measured profile.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few prompts and probes: rough curves in seconds.")] = False,
     full: Annotated[bool, typer.Option(
         "--full", help="Errors of every step on every prompt, nothing interpolated: several times the work.")] = False,
@@ -60,13 +64,15 @@ def command(
     from .files import check_writable
     from .models import load_model
     from .output import opened
-    from .profile_costs import CostOptions, measure_costs_only, with_measured_links
+    from .profile_costs import CostOptions, estimate_costs, measure_costs_only, with_measured_links
     from .prompts import choose_prompts
 
     check_device(device)
     check_writable(output)
-    if random_weights and not costs_only:
+    if random_weights and not costs_only and estimate is None:
         raise UsageError("random weights make no images to judge errors by; add --costs-only")
+    if fit is not None and estimate is None:
+        raise UsageError("--fit says what an estimate is fitted on; add --estimate KIND, or drop it")
     known = Profile.load(errors_from) if errors_from is not None else None
     options = CostOptions(
         device=device, dtype=dtype, backend=backend, threads=threads if device == "cpu" else None, gpus=gpus,
@@ -77,6 +83,13 @@ def command(
     if restart:
         partial.unlink(missing_ok=True)
     with opened(json_mode) as out:
+        if estimate is not None:
+            fitted = None if fit is None else Profile.load(fit)
+            estimated = estimate_costs(
+                model, estimate, fitted, options, lambda loaded: call_options(loaded, height, width)
+            )
+            _finish(out, estimated, output)
+            return
         if costs_only:
             with out.progress() as on_progress:
                 measured = measure_costs_only(

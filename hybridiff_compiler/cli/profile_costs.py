@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from ..ir import UsageError
 
 if TYPE_CHECKING:
-    from ..ir import Profile
+    from ..ir import LayerGraph, ModelInfo, Profile
 
-__all__ = ["CostOptions", "link_devices", "measure_costs_only", "with_measured_links"]
+__all__ = ["CostOptions", "estimate_costs", "link_devices", "measure_costs_only", "with_measured_links"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,71 @@ def measure_costs_only(model: str, options: CostOptions, call_options: Any, on_p
         num_inference_steps=options.steps or loaded.num_inference_steps,
         guidance_scale=_or(options.guidance_scale, loaded.guidance_scale), **common, **call_options(loaded),
     )
+
+
+def estimate_costs(
+    model: str, kind: str, fit: Profile | None, options: CostOptions, call_options: Any
+) -> Profile:
+    """The profile of MODEL as it would be on GPUs of a kind that is not at hand.
+
+    Args:
+        model: as on the command line; the name of the model that `fit` is of needs no model at hand either.
+        kind: see `profiler.devices.DEVICES`.
+        fit: a measured profile to take efficiencies from.
+        options: see `CostOptions`.
+        call_options: function from the loaded model to the keyword arguments of a pipeline call.
+
+    Raises:
+        UsageError: unknown kind.
+        InputError: `fit` is an estimate, or of an unknown device.
+    """
+    from ..planner import candidate_partitions, measured_patterns
+    from ..profiler.devices import find_device
+    from ..profiler.roofline import estimate_profile
+
+    device, worlds = find_device(kind), _worlds(options.gpus)
+
+    def tables(graph: Any, seconds: Any) -> Any:
+        partitions = candidate_partitions(graph, seconds, worlds)
+        return partitions, measured_patterns(partitions, worlds)
+
+    steps, scale, scheduler = options.steps or 50, _or(options.guidance_scale, 5.0), ""
+    random_weights = options.random_weights
+    if fit is not None and fit.model.name == model:
+        info, graph, random_weights = fit.model, fit.graph, fit.provenance.random_weights
+        steps, scale = options.steps or fit.num_steps, _or(options.guidance_scale, fit.guidance_scale)
+        scheduler = fit.scheduler
+    else:
+        info, graph = _captured(model, options, call_options)
+    return estimate_profile(
+        info, graph, device, tables, ranks=options.gpus or 2, fit=fit, num_steps=steps, guidance_scale=scale,
+        scheduler=scheduler, random_weights=random_weights,
+    )
+
+
+def _captured(model: str, options: CostOptions, call_options: Any) -> tuple[ModelInfo, LayerGraph]:
+    """The layer graph of MODEL in the dtype that it would have on a GPU."""
+    from ..capture import capture
+    from ..profiler.costs_only import call_of_pipeline, model_info
+
+    if options.random_weights:
+        from ..quality.denoisers import DENOISERS, random_denoiser
+
+        dtype = options.dtype or (DENOISERS[model].dtype if model in DENOISERS else None)
+        built = random_denoiser(model, device="meta", dtype=dtype, seed=options.seed)
+        denoiser, call = built.denoiser, built.call
+    else:
+        from ..profiler import Generation
+        from .models import load_model
+
+        loaded = load_model(model, device=options.device, dtype=options.dtype)
+        generation = Generation(
+            pipe=loaded.pipe, num_inference_steps=3, guidance_scale=_or(options.guidance_scale, loaded.guidance_scale),
+            options=call_options(loaded),
+        )
+        denoiser, call, _ = call_of_pipeline(generation, (*loaded.profiling_prompts, "a photograph")[0])
+    captured = capture(denoiser, (), call)
+    return model_info(denoiser, model, captured.layers, captured.signature), captured.layers
 
 
 def with_measured_links(profile: Profile, options: CostOptions, on_progress: Any) -> Profile:

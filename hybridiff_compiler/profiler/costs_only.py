@@ -22,7 +22,7 @@ from .precompile import Helpers, Recipe
 from .settling import Tables, measure_costs
 from .timing import pinned_threads
 
-__all__ = ["clocks_mhz", "cost_profile", "costs_of_pipeline"]
+__all__ = ["call_of_pipeline", "clocks_mhz", "cost_profile", "costs_of_pipeline", "model_info"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -94,7 +94,7 @@ def cost_profile(
     from .session import device_name
 
     return Profile(
-        model=_model(denoiser, name, bare.layers, signature), graph=bare.layers, costs=costs, num_steps=num_steps,
+        model=model_info(denoiser, name, bare.layers, signature), graph=bare.layers, costs=costs, num_steps=num_steps,
         scheduler=scheduler, guidance_scale=guidance_scale, partitions=measured.partitions,
         patterns=measured.patterns,
         provenance=Provenance(
@@ -116,17 +116,26 @@ def costs_of_pipeline(
     Raises:
         InputError: the pipeline makes no guided call.
     """
+    denoiser, call, first = call_of_pipeline(generation, prompt)
+    return cost_profile(
+        denoiser, call, tables, name=name, num_steps=first.num_steps, guidance_scale=generation.guidance_scale,
+        scheduler=type(generation.pipe.scheduler).__name__, step_overhead_s=first.step_overhead(),
+        seed=generation.seed, **options,
+    )
+
+
+def call_of_pipeline(generation: Generation, prompt: str) -> tuple[nn.Module, dict[str, Any], FirstCall]:
+    """A pipeline's denoiser, the keyword arguments of its call for the branch of `prompt`, and who watched.
+
+    Raises:
+        InputError: the pipeline makes no guided call.
+    """
     from ..runtime.intercept import find_denoiser
 
     first = FirstCall()
     generation.latents([prompt], first)
     signature, call = first.require()
-    return cost_profile(
-        find_denoiser(generation.pipe)[1], _nested(signature, call.inputs["cond"]), tables, name=name,
-        num_steps=first.num_steps, guidance_scale=generation.guidance_scale,
-        scheduler=type(generation.pipe.scheduler).__name__, step_overhead_s=first.step_overhead(),
-        seed=generation.seed, **options,
-    )
+    return find_denoiser(generation.pipe)[1], _nested(signature, call.inputs["cond"]), first
 
 
 def _nested(signature: CallSignature, leaves: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -143,7 +152,8 @@ def _nested(signature: CallSignature, leaves: Mapping[str, torch.Tensor]) -> dic
     return call
 
 
-def _model(denoiser: nn.Module, name: str, graph: LayerGraph, signature: CallSignature) -> ModelInfo:
+def model_info(denoiser: nn.Module, name: str, graph: LayerGraph, signature: CallSignature) -> ModelInfo:
+    """What a profile notes of a denoiser."""
     parameters = list(denoiser.parameters())
     if not parameters:
         raise UsageError(f"{type(denoiser).__name__} has no parameters; there is nothing to profile")
