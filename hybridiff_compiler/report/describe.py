@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..ir import Certificate, Pattern, Plan, Predictions, Profile
+from .describe_costs import describe_links, describe_timing, source_line
 from .describe_errors import describe_guidance, describe_redundancy, describe_trust
 from .strip import count_patterns, legend, letters, representative_steps, strip
 from .style import plain_table
@@ -56,13 +57,12 @@ def plan_summary(plan: Plan) -> list[RenderableType]:
 def describe_profile(profile: Profile) -> list[RenderableType]:
     """Everything about a profile, for printing."""
     source = profile.provenance
-    threads = "" if source.threads is None else f", {source.threads} thread{'s' * (source.threads != 1)} per rank"
     parts: list[RenderableType] = [
         _heading(f"profile of {profile.model.name} ({profile.model.denoiser}, {profile.model.dtype}, "
                  f"{profile.model.parameter_bytes / 2**20:.1f} MiB)"),
         Text(f"{profile.num_steps} steps of {profile.scheduler}, guidance {profile.guidance_scale:g}, "
              f"{source.prompts} prompts, seed {source.seed}"),
-        Text(f"measured {source.created} on {source.device}, {source.backend}{threads}"),
+        Text(source_line(source)),
         Text("inputs of one branch: " + "; ".join(map(str, profile.model.signature.leaves))),
     ]
     if source.random_weights:
@@ -70,7 +70,7 @@ def describe_profile(profile: Profile) -> list[RenderableType]:
     parts.append(_layers_table(profile))
     if profile.costs.stages:
         parts.append(_stages_table(profile))
-    parts += describe_guidance(profile)
+    parts += [*describe_timing(profile), *describe_links(profile), *describe_guidance(profile)]
     if profile.patterns:
         parts.append(_patterns_table(profile.patterns))
     if profile.errors:

@@ -33,7 +33,7 @@ SURFACE = {
         "MODEL...", "--random-weights", "--pixels", "--steps", "--gpus", "--row", "--repeats", "--device", "--backend",
         "--threads", "--seed", "--output/-o", "--json",
     ],
-    "show": ["FILE", "--profile", "--json"],
+    "show": ["FILE", "OTHER", "--profile", "--json"],
 }
 
 
