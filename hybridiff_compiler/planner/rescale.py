@@ -26,8 +26,7 @@ from ..ir import Combine, ErrorCurve, Guidance, PatternErrors, Profile, UsageErr
 __all__ = ["DRIFT_DB", "at_steps", "noise_levels_of"]
 
 DRIFT_DB = 1.0
-"""Residual of predictions per doubling or halving of the number of steps, as measured on the bundled models between 25
-and 100 steps from profiles of 50 (tools/check_steps.py)."""
+"""Residual of predictions per doubling or halving of the number of steps, in dB."""
 _MAX_AGE = 12
 """Largest age of a derived curve: more make the solver's state space large and are never chosen."""
 
