@@ -28,6 +28,7 @@ Alone = Callable[[], AbstractContextManager[object]]
 LayerMethod = Literal["compiled", "eager"]
 """Which graph of the whole the marks between layers are put in."""
 
+_SAMPLE_S = 0.1
 _WITHIN = (0.2, 5.0)
 """How far stages may rescale a layer."""
 _LOYALTY = 1e-2
@@ -167,7 +168,7 @@ def measure_segments(
     if device.type == "cuda":
         for run in runs:
             run()  # leaves real values in the recorded buffers
-        timers = [partial(_replayed, runner, segment) for segment in segments]
+        timers = [partial(runner.seconds, segment, _repeats(runner, segment)) for segment in segments]
         timings = sample_in_turns(timers, rounds=rounds, alone=alone, on_round=on_progress)
     else:
         timings = time_together(runs, device, rounds=rounds, alone=alone, on_round=on_progress)
@@ -180,8 +181,9 @@ def measure_segments(
     )
 
 
-def _replayed(runner: SegmentRunner, segment: Segment) -> float:
-    return runner.seconds(segment, repeats=5)
+def _repeats(runner: SegmentRunner, segment: Segment) -> int:
+    """Replays in one sample: a tenth of a second's worth, ten at most."""
+    return max(1, min(10, int(_SAMPLE_S / max(runner.seconds(segment, 1), 1e-6))))
 
 
 def _values(runner: SegmentRunner, inputs: Mapping[Branch, Mapping[str, Tensor]]) -> dict[Slot, Tensor]:

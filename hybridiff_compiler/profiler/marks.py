@@ -20,11 +20,12 @@ from torch import Tensor, fx
 from ..backends import compile_stage
 from ..backends.cuda_graph import CudaRecorder
 from ..capture import CapturedDenoiser, StageGraph
-from .timing import Timing, host_clock, summary
+from .timing import FEWEST, Timing, host_clock, summary
 
 __all__ = ["MarkedWhole"]
 
 _TOKEN = "mark_token"
+_LONG_S = 0.3
 
 
 class _Clock(Protocol):
@@ -56,7 +57,7 @@ class _DeviceClock:
         self._events[index].record()
 
     def gaps(self) -> list[float]:
-        self._events[-1].synchronize()
+        torch.cuda.synchronize()  # an event that a graph records cannot be waited for before the graph gets there
         return [before.elapsed_time(after) / 1e3 for before, after in zip(self._events, self._events[1:])]
 
 
@@ -64,7 +65,8 @@ _running: list[_Clock] = []
 """The clock of the evaluation under way: an operation of a compiled graph cannot carry one."""
 
 
-@torch.library.custom_op("hybridiff::mark", mutates_args={"token"})
+# Flexible layout: the compiler must not convert what a mark reads to the strides of the uncompiled graph.
+@torch.library.custom_op("hybridiff::mark", mutates_args={"token"}, tags=(torch.Tag.flexible_layout,))
 def _mark(token: Tensor, after: Sequence[Tensor], index: int) -> None:
     if _running:
         _running[-1].note(index)
@@ -125,10 +127,11 @@ class MarkedWhole:
         self, rounds: int, *, alone: Callable[[], AbstractContextManager[object]] = nullcontext,
         on_round: Callable[[int, int], None] = lambda done, total: None,
     ) -> tuple[Timing, ...]:
-        """Median and spread of every layer over `rounds` evaluations, after one that does not count."""
-        samples = []
+        """Median and spread of every layer over `rounds` evaluations (fewer if long), after one that does not count."""
+        samples: list[list[float]] = []
         with alone():
-            self.sample()
+            if sum(self.sample()) > _LONG_S:
+                rounds = min(rounds, FEWEST)
             for done in range(rounds):
                 samples.append(self.sample())
                 on_round(done + 1, rounds)

@@ -11,16 +11,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..ir import CallSignature, Data, Partition, Pattern, Segment
 
 __all__ = ["Helpers", "Job", "Recipe"]
+
+_QUIET_S = 0.3
+"""After which what a stopped helper had queued on a GPU has run out."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,21 @@ class Helpers:
         for thread in self._pending:
             thread.join()
         self._pending.clear()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing is built meanwhile (where processes can be stopped), so that others can take times."""
+        stop, go_on = getattr(signal, "SIGSTOP", None), getattr(signal, "SIGCONT", None)
+        running = [helper for helper in self._helpers if stop is not None and helper.poll() is None]
+        try:
+            for helper in running:
+                helper.send_signal(stop)  # type: ignore[arg-type]
+            if running:
+                time.sleep(_QUIET_S)
+            yield
+        finally:
+            for helper in running:
+                helper.send_signal(go_on)  # type: ignore[arg-type]
 
     def close(self) -> None:
         """End the processes."""

@@ -7,8 +7,8 @@ and the partitions are solved for again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -86,6 +86,14 @@ def measure_costs(
     graph = bare.layers
     whole = Partition.whole(graph)
     device = next(denoiser.parameters()).device
+    inputs = {branch: {path: leaf.to(device) for path, leaf in leaves.items()} for branch, leaves in inputs.items()}
+    helpers = helpers or Helpers(None, 0, backend=backend)
+
+    @contextmanager
+    def undisturbed() -> Iterator[None]:
+        with alone(), helpers.paused():
+            yield
+
     exact = tuple(p for p in tables(graph, [layer.flops + 1.0 for layer in graph.layers])[1] if p.partition == WHOLE)
     known: dict[_Key, StageCost] = {}
 
@@ -99,18 +107,20 @@ def measure_costs(
         )
         new = [segment for segment, key in segments.items() if key not in known]
         measured = measure_segments(
-            runner, inputs, new, rounds=rounds, alone=alone,
+            runner, inputs, new, rounds=rounds, alone=undisturbed,
             on_progress=lambda done, total: on_progress("stage times", done, total),
         )
         known.update({segments[segment]: cost for segment, cost in zip(new, measured)})
+        del runner
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
     # The whole denoiser is timed without the values that cheap steps want of it: they cost next to nothing, and its
     # graph would change with every partition.
     wholes = _keys(exact, (whole,))
-    helpers = helpers or Helpers(None, 0, backend=backend)
     helpers.start(bare.signature, (), exact, list(wholes))
     raw = measure_layers(
-        bare, inputs, backend=backend, method=method, rounds=rounds, alone=alone,
+        bare, inputs, backend=backend, method=method, rounds=rounds, alone=undisturbed,
         on_progress=lambda done, total: on_progress("layer times", done, total),
     )
     helpers.wait()
@@ -143,8 +153,6 @@ def measure_costs(
         })
     else:
         timing = timing.model_copy(update={"settled": tables(graph, layers[1].seconds)[0] == partitions})
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
     timing = timing.model_copy(update={"whole_s": whole_s, "raw_sum": raw_sum})
     return Measured(
         Costs(

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Timing", "host_clock", "pinned_threads", "sample_in_turns", "summary", "time_together"]
+__all__ = ["FEWEST", "Timing", "host_clock", "pinned_threads", "sample_in_turns", "summary", "time_together"]
 
 
 FEWEST = 5
 """Samples of calls that take long."""
-_LONG_S = 20.0
+_LONG_S = 10.0
 _SAMPLE_S = 0.02
 
 

@@ -120,7 +120,7 @@ def test_a_profile_of_costs_is_complete(profile, tmp_path):
 def test_a_profile_of_costs_plans_exactly(profile):
     plan = hc.plan(profile, gpus=2, policy="exact")
     assert plan.is_exact
-    assert plan.predictions.speedup > 1
+    assert plan.predictions.latency_s > 0
 
 
 def test_costs_of_a_pipeline(bench):
