@@ -37,11 +37,12 @@ def main(
 
     from hybridiff_compiler.cli.models import load_model
     from hybridiff_compiler.ir import Profile
-    from hybridiff_compiler.quality.equal_cost import Judge, use_scheduler
+    from hybridiff_compiler.quality.equal_cost import Judge, use_scheduler, with_noise_levels
 
     torch.backends.cudnn.allow_tf32 = False  # rounding would hide in the PSNR of nearly exact schedules
     known = Profile.load(profile)
     loaded = load_model(model, device=device, dtype=known.model.dtype)
+    known = with_noise_levels(known, loaded.pipe)
     levels_of = use_scheduler(loaded.pipe, scheduler)
     rows: list[dict[str, Any]] = []
     for count in [*(steps or (25, 100)), *([known.num_steps] if at_its_own else [])]:

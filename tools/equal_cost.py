@@ -41,7 +41,7 @@ def main(
 
     from hybridiff_compiler.cli.models import load_model
     from hybridiff_compiler.ir import Profile
-    from hybridiff_compiler.quality.equal_cost import Judge, use_scheduler
+    from hybridiff_compiler.quality.equal_cost import Judge, use_scheduler, with_noise_levels
     from hybridiff_compiler.report.equal_cost_table import equal_cost_table
 
     began = time.monotonic()
@@ -50,6 +50,7 @@ def main(
     loaded = None if predict_only else load_model(model, device=device, dtype=known.model.dtype)
     levels = None
     if loaded is not None:
+        known = with_noise_levels(known, loaded.pipe)
         levels = use_scheduler(loaded.pipe, scheduler)(steps or known.num_steps)
     judge = Judge(
         None if loaded is None else loaded.pipe, known, num_steps=steps, noise_levels=levels, gpus=gpus,

@@ -35,7 +35,7 @@ from ..runtime.segments import SegmentRunner
 from .measure import generate, simulate
 from .metrics import psnr
 
-__all__ = ["PIPES", "EqualCostRow", "Judge", "use_scheduler"]
+__all__ = ["PIPES", "EqualCostRow", "Judge", "scheduler_levels", "use_scheduler", "with_noise_levels"]
 
 PIPES = ("pipe", "branch-pipe")
 """Families that pipeline both branches asynchronously (AsyncDiff, Chen et al., NeurIPS 2024)."""
@@ -264,6 +264,13 @@ def use_scheduler(pipe: Any, name: str | None) -> Callable[[int], tuple[float, .
         raise InputError(f"diffusers has no scheduler {name!r}; give a class name, e.g. DPMSolverMultistepScheduler")
     pipe.scheduler = kind.from_config(pipe.scheduler.config)
     return lambda steps: scheduler_levels(pipe.scheduler, steps)
+
+
+def with_noise_levels(profile: Profile, pipe: Any) -> Profile:
+    """The profile with the noise levels of its steps, from the scheduler of `pipe` where it did not record them."""
+    if profile.noise_levels or type(pipe.scheduler).__name__ != profile.scheduler:
+        return profile
+    return profile.model_copy(update={"noise_levels": scheduler_levels(pipe.scheduler, profile.num_steps)})
 
 
 def scheduler_levels(scheduler: Any, steps: int) -> tuple[float, ...]:

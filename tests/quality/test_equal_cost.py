@@ -11,7 +11,7 @@ from planner.profiles import make_profile
 
 from hybridiff_compiler.ir import InputError, PlanMismatchError, UsageError
 from hybridiff_compiler.planner import PromptSamples
-from hybridiff_compiler.quality.equal_cost import Judge, scheduler_levels, use_scheduler
+from hybridiff_compiler.quality.equal_cost import Judge, scheduler_levels, use_scheduler, with_noise_levels
 from hybridiff_compiler.quality.prompt_samples import measure_prompts
 from hybridiff_compiler.report.equal_cost_table import equal_cost_table
 
@@ -98,6 +98,12 @@ def test_schedulers_change_by_name(unet):
         assert len(levels) == 25
         assert list(levels) == sorted(levels, reverse=True)
         assert scheduler_levels(original, 50)[0] == pytest.approx(0.981)
+        bare = make_profile(num_steps=24, max_age=2, scheduler=type(original).__name__)
+        assert with_noise_levels(bare, unet) == bare  # another scheduler runs now
+        unet.scheduler = original
+        known = with_noise_levels(bare, unet)
+        assert known.noise_levels == scheduler_levels(original, 24)
+        assert with_noise_levels(known, unet) is known
         with pytest.raises(InputError, match="has no scheduler 'Magic'"):
             use_scheduler(unet, "Magic")
     finally:
