@@ -23,6 +23,7 @@ from .placement import on_ranks, placements
 from .problem import Problem
 from .proposals import proposals
 from .queueing import Queue, simulate_queue
+from .recompute import recompute_shared
 from .reference import alternating_plan, alternating_steps, fewer_steps
 from .rescale import at_steps, noise_levels_of
 from .rings import rings
@@ -41,7 +42,7 @@ __all__ = [
     "StepCost", "StepTable", "Target", "Trade", "Worker", "alternating_plan", "alternating_steps", "at_steps",
     "candidate_partitions", "divide", "exact_patterns", "explain", "family_of", "fewer_steps", "frontier",
     "generate_patterns", "in_work_units", "linear", "measured_patterns", "nested", "noise_levels_of", "on_ranks",
-    "placements", "plan", "plan_fleet", "plan_for_steps", "proposals", "prune_dominated", "rank_free", "rings",
-    "schedule_errors", "shared_layers", "simulate_queue", "solve_frontier", "solve_problem", "stage_counts",
-    "step_cost", "step_tables", "step_work", "switched_plan", "thin", "work_speedup",
+    "placements", "plan", "plan_fleet", "plan_for_steps", "proposals", "prune_dominated", "rank_free",
+    "recompute_shared", "rings", "schedule_errors", "shared_layers", "simulate_queue", "solve_frontier",
+    "solve_problem", "stage_counts", "step_cost", "step_tables", "step_work", "switched_plan", "thin", "work_speedup",
 ]

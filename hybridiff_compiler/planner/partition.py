@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ..ir import InputError, LayerGraph, Link, Partition, UsageError
 from .crossing import bytes_in, bytes_out, live_seconds
 from .layer_times import check_costs, check_slack, inner_runs
+from .recompute import recompute_shared
 from .rings import rings
 from .worlds import stage_counts
 
@@ -134,13 +135,14 @@ def thin(
 
 
 def candidate_partitions(
-    graph: LayerGraph, costs: Sequence[float], gpus: int | Iterable[int] = 2
+    graph: LayerGraph, costs: Sequence[float], gpus: int | Iterable[int] = 2, *, link: Link | None = None
 ) -> tuple[Partition, ...]:
     """The partitions worth measuring for these numbers of GPUs: `linear`, `nested`, `thin`, `linear4`, `nested4`, ...
 
     The first three have two stages, the others as many as `stage_counts` names. Stage 0 is the front or inner one, the
     last stage holds the output. Each distinct partition comes once, under its first name; a split that the graph does
-    not allow is left out, so a graph of one layer has no candidates.
+    not allow is left out, so a graph of one layer has no candidates. With a `link`, stages recompute cheap shared
+    layers whose values take longer to arrive over it (`recompute_shared`).
 
     Raises:
         UsageError: `costs` does not fit the graph, or a number of GPUs is out of range.
@@ -163,6 +165,8 @@ def candidate_partitions(
             raise
         except InputError:
             continue  # too few layers for this split
+        if link is not None:
+            partition = recompute_shared(graph, costs, partition, link)
         found.setdefault(partition.stages, partition)
     return tuple(found.values())
 

@@ -13,7 +13,7 @@ from ..ir import LayerGraph, Link, UsageError
 from .crossing import bytes_in
 from .layer_times import check_costs
 
-__all__ = ["MAX_SHARED", "RunCosts", "Worker", "shared_layers"]
+__all__ = ["MAX_SHARED", "RunCosts", "Worker", "closed_sets", "shared_layers"]
 
 MAX_SHARED = 6
 """Layers that may be chosen to be recomputed, each or not: all `2**MAX_SHARED` choices are weighed for every run."""
@@ -87,7 +87,7 @@ class RunCosts:
         self.seconds, self.overlap = check_costs(graph, costs), overlap
         size = len(self.seconds)
         self.size, self.names, self.last = size, graph.names, graph.names.index(graph.output)
-        self.choices = _closed_sets(graph, tuple(recompute))
+        self.choices = closed_sets(graph, tuple(recompute))
         self._begin = _prefix(self.seconds)
         parameters = np.array([layer.parameter_bytes for layer in graph.layers], dtype=np.int64)
         self._again_s = [_prefix(np.where(_mask(chosen, size), self.seconds, 0)) for chosen in self.choices]
@@ -128,8 +128,12 @@ class RunCosts:
         return tuple(self.names[layer] for layer in sorted(self.choices[choice]) if layer < i)
 
 
-def _closed_sets(graph: LayerGraph, heads: Sequence[str]) -> list[frozenset[int]]:
-    """The empty set first, then every union of heads with all that they depend on."""
+def closed_sets(graph: LayerGraph, heads: Sequence[str]) -> list[frozenset[int]]:
+    """Layers by position: the empty set first, then every union of `heads` with all that they depend on.
+
+    Raises:
+        UsageError: a head is no layer of the graph, or its output, or there are more than `MAX_SHARED`.
+    """
     position = {name: index for index, name in enumerate(graph.names)}
     unknown = [name for name in heads if name not in position or name == graph.output]
     if unknown or len(heads) > MAX_SHARED:
