@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..ir import InputError, LayerGraph, Partition, UsageError
 from .run_costs import RunCosts, Worker, shared_layers
 
-__all__ = ["Division", "divide"]
+__all__ = ["Division", "any_order_is_searchable", "divide"]
 
 MAX_CELLS = 5_000_000_000
 """Cells of run tables that a search for the best order may look at (about 2 ns each)."""
@@ -109,6 +109,15 @@ def divide(
     )
 
 
+def any_order_is_searchable(layers: int, workers: Sequence[Worker]) -> bool:
+    """Whether `divide` can find the best order of these ranks for a graph of so many layers."""
+    return _cells(layers, [workers.count(worker) for worker in dict.fromkeys(workers)]) <= MAX_CELLS
+
+
+def _cells(layers: int, counts: Sequence[int]) -> float:
+    return float(np.prod([float(count + 1) for count in counts])) * len(counts) * layers**2
+
+
 _Step = tuple[_Counts, list[tuple[_Counts, int]]]
 """A set of ranks used (counts by kind), and from which smaller sets it comes by adding a rank of which kind."""
 
@@ -126,11 +135,10 @@ def _in_any_order(
     kind_of: Sequence[int], runs: RunCosts, tables: Sequence[tuple[NDArray[np.float64], NDArray[np.int64]]]
 ) -> Iterator[_Step]:
     totals = [kind_of.count(kind) for kind in range(len(tables))]
-    states = int(np.prod([float(total + 1) for total in totals]))
-    if states * len(tables) * runs.size**2 > MAX_CELLS:
+    if _cells(runs.size, totals) > MAX_CELLS:
         raise UsageError(
-            f"got {len(kind_of)} ranks of {len(tables)} kinds in any order: {states} sets of ranks for {runs.size} "
-            "layers are too many to search; give the ranks in order, or describe equal ones equally"
+            f"got {len(kind_of)} ranks of {len(tables)} kinds for {runs.size} layers: too many orders of the ranks to "
+            "search; give the ranks in order, or describe equal ones equally"
         )
     for used in sorted(product(*(range(total + 1) for total in totals)), key=sum):
         before = [

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from hybridiff_compiler.ir import InputError, LayerGraph, Link, UsageError
-from hybridiff_compiler.planner import Worker, divide, linear, shared_layers
+from hybridiff_compiler.planner import Worker, candidate_partitions, divide, linear, shared_layers
 
 from .graphs import graph_of, graphs, unet_like
 
@@ -311,7 +311,7 @@ def test_the_best_order_gives_the_memory_hog_to_the_rank_that_can_hold_it() -> N
         (lambda g: Worker(speed=0), "got speed 0"),
         (
             lambda g: divide(unet_like(40), [1.0] * 82, [Worker(speed=k + 1) for k in range(30)], any_order=True),
-            "too many to search; give the ranks in order",
+            "too many orders of the ranks to search; give the ranks in order",
         ),
     ],
 )
@@ -319,3 +319,14 @@ def test_wrong_arguments_are_usage_errors(call, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         call(graph_of(4, [(0, (1,), 1), (1, (2,), 1), (2, (3,), 1)]))
     assert isinstance(caught.value, UsageError) or "at most" in message
+
+
+def test_candidates_for_unequal_ranks_suit_them() -> None:
+    graph = unet_like(40)
+    costs = [1.0] * len(graph.layers)
+    workers = [Worker(speed=speed) for speed in (0.5, 1.0, 1.5, 1.0)]
+    partitions = {p.name: p for p in candidate_partitions(graph, costs, 4, workers=workers)}
+    for name, slack in (("linear4", 0.0), ("nested4", 0.05)):
+        sizes = sorted(map(len, partitions[name].stages))
+        slowest = max(size / speed for size, speed in zip(sizes, sorted(worker.speed for worker in workers)))
+        assert slowest <= 21 * (1 + slack)  # 82 layers on ranks of speed 4 together
