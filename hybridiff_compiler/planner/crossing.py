@@ -74,21 +74,29 @@ def stage_bytes(graph: LayerGraph, partition: Partition) -> dict[tuple[int, int]
 def live_seconds(graph: LayerGraph, seconds: NDArray[np.float64]) -> NDArray[np.float64]:
     """`[i, j]`: time of the layers outside `[i, j)` whose results reach the output without passing through the run.
 
-    With the run's results reused, only these layers make this step's estimate differ from the last one. Backwards over
-    the layers, one array over all runs for each: O(edges x layers^2) bit operations.
+    With the run's results reused, only these layers make this step's estimate differ from the last one. A layer before
+    the run stays live until the run's end passes the last layer from which its way to the output goes on, so one number
+    per layer and start says it for every end: backwards over the layers, O(edges x layers).
     """
     size = len(graph.layers)
-    start, end = np.indices((size + 1, size + 1))
     position = {name: index for index, name in enumerate(graph.names)}
     consumers: list[set[int]] = [set() for _ in range(size)]
     for value in graph.values:
         consumers[position[value.producer]].update(position[name] for name in value.consumers)
-    total = np.zeros((size + 1, size + 1))
-    live: list[NDArray[np.bool_]] = [np.zeros(0, dtype=bool)] * size
+    start = np.arange(size + 1)
+    reaches = np.zeros(size, dtype=bool)
+    farthest = np.full((size, size + 1), -1)  # of layers before the start: the largest end at which they are live
     for layer in reversed(range(size)):
-        reaches = np.full((size + 1, size + 1), graph.names[layer] == graph.output)
+        reaches[layer] = graph.names[layer] == graph.output or any(reaches[c] for c in consumers[layer])
+        if graph.names[layer] == graph.output:
+            farthest[layer] = size
         for consumer in consumers[layer]:
-            reaches |= live[consumer]
-        live[layer] = reaches & ((layer < start) | (layer >= end))
-        total += seconds[layer] * live[layer]
+            beyond = consumer if reaches[consumer] else -1
+            np.maximum(farthest[layer], np.where(start > consumer, farthest[consumer], beyond), out=farthest[layer])
+    after = np.concatenate([np.cumsum((seconds * reaches)[::-1])[::-1], [0.0]])
+    total = np.tile(after, (size + 1, 1))
+    for i in range(1, size + 1):
+        ends = farthest[:i, i]
+        until = np.bincount(ends[ends >= 0], weights=seconds[:i][ends >= 0], minlength=size + 1)
+        total[i] += np.cumsum(until[::-1])[::-1]
     return total
