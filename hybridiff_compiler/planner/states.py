@@ -107,15 +107,14 @@ def _reads(tables: Sequence[StepTable], index: int, cautious: bool) -> list[Cloc
     table = tables[index]
     if table.activations is None:
         return []
+    slots = {(read.branch, read.stage) for unit in table.pattern.units for read in unit.reads if read.stale}
+    computed = [
+        frozenset((unit.branch, unit.stage) for unit in other.pattern.units)
+        if not other.pattern.is_exact and other.pattern.partition == table.pattern.partition else frozenset()
+        for other in tables
+    ]
     clocks = set()
-    for unit in table.pattern.units:
-        for read in unit.reads:
-            if read.stale:
-                slot = (table.pattern.partition, read.branch, read.stage)
-                clock = frozenset(
-                    p for p, other in enumerate(tables)
-                    if not other.pattern.is_exact and other.pattern.partition == slot[0]
-                    and other.pattern.unit(read.branch, read.stage) is not None
-                )
-                clocks.add(clock if index in clock or not cautious else _EXACT_ONLY)
+    for slot in slots:
+        clock = frozenset(p for p, units in enumerate(computed) if slot in units)
+        clocks.add(clock if index in clock or not cautious else _EXACT_ONLY)
     return [clock for clock in sorted(clocks, key=sorted) if not any(other < clock for other in clocks)]
