@@ -80,11 +80,12 @@ class Problem:
 
     def judged_db(self, error: float, quantile: float | None = None) -> float:
         """What a quality target is compared with: `psnr_db`, or that quantile of the PSNR over prompts."""
-        return self.psnr_db(error) + self.quantile_offset_db(quantile)
+        psnr = self.psnr_db(error)
+        return psnr if math.isinf(psnr) else psnr + self.quantile_offset_db(quantile, psnr)
 
-    def quantile_offset_db(self, quantile: float | None) -> float:
+    def quantile_offset_db(self, quantile: float | None, mean_db: float) -> float:
         """How far a quantile of the PSNR over prompts lies from the mean; see `robust`."""
-        return 0.0 if quantile is None else quantile_offset_db(self.profile.compounding, quantile)
+        return 0.0 if quantile is None else quantile_offset_db(self.profile.compounding, quantile, mean_db)
 
     def reserve_db(self, quantile: float | None = None) -> float:
         """What is kept in reserve for the error of the prediction; see `Compounding.reserve_db` and `robust`."""
@@ -137,7 +138,9 @@ class Problem:
             latency_s=latency, single_s=self.single_s, speedup=self.single_s / latency,
             ideal_speedup=self.ideal_speedup(steps), work_speedup=self.work_speedup(steps), psnr_db=psnr,
             quantile=quantile,
-            psnr_quantile_db=None if psnr is None or quantile is None else psnr + self.quantile_offset_db(quantile),
+            psnr_quantile_db=(
+                None if psnr is None or quantile is None else psnr + self.quantile_offset_db(quantile, psnr)
+            ),
             target=target,
         )
 

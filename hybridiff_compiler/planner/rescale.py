@@ -82,9 +82,11 @@ def at_steps(
         ))
         for each in profile.errors
     )
-    guidance = profile.guidance and Guidance(rel_mae=tuple(
-        tuple(np.interp(position, grid, row).tolist()) for row in profile.guidance.rel_mae
-    ))
+    def moved(curves: Guidance) -> Guidance:
+        return curves.model_copy(update={"rel_mae": tuple(
+            tuple(np.interp(position, grid, row).tolist()) for row in curves.rel_mae
+        )})
+
     drift = DRIFT_DB * abs(math.log2(typical))
     compounding = profile.compounding.model_copy(update={
         "residual_db": math.hypot(profile.compounding.residual_db, drift)
@@ -93,7 +95,9 @@ def at_steps(
     before = 2 * known[0] - known[1]  # finer steps may begin before the profile's first one
     levels = np.interp(position, [-1, *grid], [before, *known]) if noise_levels is None else noise_levels
     return profile.model_copy(update={
-        "num_steps": len(position), "errors": errors, "guidance": guidance, "compounding": compounding,
+        "num_steps": len(position), "errors": errors, "compounding": compounding, "redundancy": None,
+        "guidance": profile.guidance and moved(profile.guidance),
+        "further_guidance": tuple(moved(curves) for curves in profile.further_guidance),
         "noise_levels": tuple(map(float, levels)),
     })
 

@@ -146,7 +146,7 @@ def frontier(
     """
     scaled = at_steps(profile, num_inference_steps, strength=strength)
     problem = Problem(in_work_units(scaled) if costs == "work" else scaled, gpus, without)
-    offset = problem.quantile_offset_db(quantile)
+    problem.quantile_offset_db(quantile, 0.0)  # refused before the work starts
     solved = solve_problem(problem)
     points = []
     for index in range(len(solved)):
@@ -155,7 +155,8 @@ def frontier(
         points.append(FrontierPoint(
             latency_s=latency, error=error, psnr_db=psnr, speedup=problem.single_s / latency,
             ideal_speedup=problem.ideal_speedup(steps), work_speedup=problem.work_speedup(steps),
-            psnr_quantile_db=None if psnr is None or quantile is None else psnr + offset, steps=steps,
+            psnr_quantile_db=None if psnr is None or quantile is None else problem.judged_db(error, quantile),
+            steps=steps,
         ))
     return points
 

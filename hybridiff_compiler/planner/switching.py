@@ -40,6 +40,7 @@ from ..ir import (
 )
 from .problem import Problem
 from .rescale import at_steps
+from .robust import quantile_reserve_db
 from .schedule import Frontier
 from .solve import make_plan, plan, solve_problem
 from .target import Target
@@ -52,7 +53,6 @@ MEASURED = (2, 4, 8)
 _STATISTICS: tuple[Statistic, ...] = ("mean", "last", "slope")
 _LAG = 2
 _LEAST_PROMPTS = 8
-_ONE_SIDED_95 = 1.645
 
 
 class PromptSamples(Document):
@@ -246,9 +246,8 @@ def _solve(
     edges = np.concatenate([ordered[:1], (ordered[1:] + ordered[:-1]) / 2, ordered[-1:]])
     solved = solve_problem(problem, exact_head=measured - 1 + _LAG)
     z, count = NormalDist().inv_cdf(target.quantile), len(values)
-    reserve = _ONE_SIDED_95 * math.hypot(
-        problem.profile.compounding.residual_db, line.std_db * math.sqrt((1 + z * z / 2) / count)
-    )
+    rest = problem.profile.compounding.model_copy(update={"prompt_std_db": line.std_db, "prompts": count})
+    reserve = quantile_reserve_db(rest, target.quantile)
     needed = target.min_psnr + reserve - z * line.std_db
     quality = np.array([problem.psnr_db(float(error)) for error in solved.error])
     pick = np.full((count + 1, count + 1), -1)
