@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=3, help="timed generations after the first one")
     parser.add_argument("--threads", type=int, help="CPU threads of one rank")
+    parser.add_argument("--limit", type=float, default=3600.0, help="seconds for one model; what is known is reported")
     parser.add_argument("--one-at-a-time", action="store_true", help="for machines of few cores")
     parser.add_argument("--folder", type=Path, help="keeps plans, bundles and images; must not exist")
     parser.add_argument("-o", "--output", type=Path, help="the results (JSON)")
@@ -55,34 +56,51 @@ def main() -> None:
             if arguments.output is not None:
                 arguments.output.write_text(text)
     sys.stdout.write(text)
+    sys.exit(1 if any(found["failure"] for found in results["models"].values()) else 0)
 
 
 def _measure(arguments: argparse.Namespace, model: str, work: Path) -> dict[str, Any]:
-    """One model: build, start from the plan, start from the bundle, compare."""
-    build = _start(arguments, model, work, "build")
-    _wait(build, work / "plan.json")
-    if arguments.one_at_a_time:
-        _wait(build, work / "built.json")
-    plan = _start(arguments, model, work, "plan")
-    _wait(plan, work / "plan-started.json")
-    _wait(build, work / "built.json")
-    build.wait()
-    (work / "plan-go").touch()
-    _wait(plan, work / "plan.result.json")
-    plan.wait()
-    (work / "bundle-go").touch()
-    bundle = _start(arguments, model, work, "bundle")
-    _wait(bundle, work / "bundle.result.json")
-    bundle.wait()
-    from_plan, from_bundle, built = (
-        json.loads((work / name).read_text()) for name in ("plan.result.json", "bundle.result.json", "built.json")
-    )
-    return {
-        "built": built, "plan": from_plan, "bundle": from_bundle, "side_by_side": not arguments.one_at_a_time,
-        "start_ratio": from_plan["first_image_s"] / from_bundle["first_image_s"],
-        "latency_ratio": from_bundle["latency_s"] / from_plan["latency_s"],
-        **_difference(work),
-    }
+    """One model: build, start from the plan, start from the bundle, compare; what is known when something fails."""
+    started: list[subprocess.Popen[bytes]] = []
+    deadline = time.monotonic() + arguments.limit
+    failure = None
+
+    def start(role: str) -> subprocess.Popen[bytes]:
+        started.append(_start(arguments, model, work, role))
+        return started[-1]
+
+    try:
+        build = start("build")
+        _wait(build, work / "plan.json", deadline)
+        if arguments.one_at_a_time:
+            _wait(build, work / "built.json", deadline)
+        plan = start("plan")
+        _wait(plan, work / "plan-started.json", deadline)
+        _wait(build, work / "built.json", deadline)
+        build.wait()
+        (work / "plan-go").touch()
+        _wait(plan, work / "plan.result.json", deadline)
+        plan.wait()
+        (work / "bundle-go").touch()
+        _wait(start("bundle"), work / "bundle.result.json", deadline)
+    except _Unfinished as error:
+        failure = str(error)
+    finally:
+        for process in started:
+            if failure is not None:
+                process.kill()
+            process.wait()
+    found: dict[str, Any] = {"failure": failure, "side_by_side": not arguments.one_at_a_time}
+    for name in ("built", "plan-started", "plan.result", "bundle-started", "bundle.result"):
+        file = work / f"{name}.json"
+        if file.exists():
+            found[name.removesuffix("-started").removesuffix(".result")] = json.loads(file.read_text())
+    if failure is None:
+        one, other = found["plan"], found["bundle"]
+        found["start_ratio"] = one["first_image_s"] / other["first_image_s"]
+        found["latency_ratio"] = other["latency_s"] / one["latency_s"]
+        found |= _difference(work)
+    return found
 
 
 def _difference(work: Path) -> dict[str, float]:
@@ -106,10 +124,16 @@ def _start(arguments: argparse.Namespace, model: str, work: Path, role: str) -> 
     return subprocess.Popen(command, env=environment | caches, stdout=sys.stderr)
 
 
-def _wait(process: subprocess.Popen[bytes], file: Path) -> None:
+class _Unfinished(Exception):
+    """A process ended without doing its part, or time is over."""
+
+
+def _wait(process: subprocess.Popen[bytes], file: Path, deadline: float) -> None:
     while not file.exists():
         if process.poll() is not None and not file.exists():
-            raise SystemExit(f"{file.name} was not written; the process ended with code {process.returncode}")
+            raise _Unfinished(f"{file.name} was not written; the process ended with code {process.returncode}")
+        if time.monotonic() > deadline:
+            raise _Unfinished(f"{file.name} was not written in time")
         time.sleep(POLL_S)
 
 
@@ -253,7 +277,7 @@ def _run(arguments: argparse.Namespace, pipe: Any, options: Any, clock: _Clock) 
         image = _generate(arguments, pipe, options)
         clock.lap("first generation")
         first_image_s = clock.total
-        _save(work / f"{role}-started.json", {"first_image_s": first_image_s})
+        _save(work / f"{role}-started.json", {"first_image_s": first_image_s, "phases": clock.phases})
         torch.save(image.cpu(), work / f"{role}.pt")
         while not Path(arguments.go).exists():
             time.sleep(POLL_S)

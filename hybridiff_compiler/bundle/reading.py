@@ -104,7 +104,11 @@ def _read_manifest(root: Path) -> Manifest:
     if not (root / MANIFEST_FILE).exists():
         raise InputError(f"{root}: holds no {MANIFEST_FILE}, so it is no bundle; make one with `hybridiff compile`")
     source = root / MANIFEST_FILE
-    manifest = Manifest.parse(read_text(source), source=str(source))
+    try:
+        manifest = Manifest.parse(read_text(source), source=str(source))
+    except InputError as error:
+        remedy = "damaged, or of another version of hybridiff: run `hybridiff compile` again"
+        raise InputError(f"{error}; it is {remedy}") from None
     try:
         manifest.check_seal()
     except InputError as error:

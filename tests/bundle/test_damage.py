@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -139,6 +140,15 @@ def test_a_manifest_without_its_seal(copy):
     manifest = Manifest.load(copy / "manifest.json")
     manifest.model_copy(update={"backend": "aotinductor"}).save(copy / "manifest.json")
     with pytest.raises(InputError, match="was changed after it was written"):
+        Bundle.open(copy)
+
+
+def test_a_bundle_of_an_older_version(copy):
+    """As bundles were before they recorded what was captured."""
+    payload = json.loads((copy / "manifest.json").read_text())
+    del payload["graphs"]
+    (copy / "manifest.json").write_text(json.dumps(payload | {"schema_version": 1}))
+    with pytest.raises(InputError, match=r"schema_version.*another version of hybridiff: run `hybridiff compile`"):
         Bundle.open(copy)
 
 
