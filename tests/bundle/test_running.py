@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -210,3 +214,24 @@ def test_replacing_and_refusing_folders(pipe, plan, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_file, "export_onnx", lambda stage, file, weights: (file.write_bytes(b"2"), file)[1])
     assert write_bundle(plan, pipe.denoiser, target, backend="onnx").manifest != first.manifest
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_worker_imports_no_compiler(compiled, plan):
+    """Loading and running a bundle takes neither torch's compilers nor diffusers."""
+    script = f"""
+import sys
+from bundle.small import PlainPipeline
+from hybridiff_compiler.runtime import worker
+from hybridiff_compiler.bundle import Bundle, open_graphs
+from hybridiff_compiler.ir import lower
+from hybridiff_compiler.runtime.segments import SegmentRunner
+bundle, denoiser = Bundle.open({str(compiled("aotinductor").folder)!r}), PlainPipeline().denoiser
+plan = bundle.plan
+runner = SegmentRunner(denoiser, plan.model.signature, plan.patterns, plan.partitions, backend=bundle.backend)
+runner.prepare(segment for pattern in plan.patterns for segment in lower(pattern))
+loaded = {{name.partition(".")[0] for name in sys.modules}} | {{".".join(name.split(".")[:2]) for name in sys.modules}}
+print(sorted(loaded & {{"torch._dynamo", "torch._inductor", "torch.onnx", "onnx", "diffusers", "transformers"}}))
+"""
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=variables)
+    assert (ran.returncode, ran.stdout.strip()) == (0, "[]"), ran.stderr
