@@ -120,6 +120,7 @@ def profile_costs(
     threads: int | None = None,
     seed: int = 0,
     quick: bool = False,
+    max_seconds: float = 240.0,
     gpus: Iterable[int] = (1, 2),
     links: Sequence[str] = (),
     random_weights: bool = False,
@@ -144,6 +145,7 @@ def profile_costs(
         threads: CPU threads of one rank.
         seed: of the pipeline's call; noted.
         quick: fewer repeats, and stages are not re-measured after partitions moved.
+        max_seconds: after which partitions are not solved for and their stages not measured once more.
         gpus: the numbers of GPUs to plan for later: stages of their partitions are measured.
         links: devices between which links are measured, e.g. `("cuda:0", "cuda:1")`.
         random_weights: whether the weights are; noted.
@@ -181,7 +183,8 @@ def profile_costs(
     chosen: dict[str, Any] = {
         "backend": _backend(denoiser, backend), "method": layer_method, "threads": threads,
         "rounds": 5 if quick else 15,
-        "max_rounds": 1 if quick else 3, "links": links, "random_weights": random_weights, "recipe": recipe,
+        "max_rounds": 1 if quick else 3, "max_seconds": max_seconds,
+        "links": links, "random_weights": random_weights, "recipe": recipe,
         "jobs": jobs, "alone": alone or nullcontext, "on_progress": on_progress or (lambda stage, done, total: None),
     }
     named = name or str(getattr(model, "name_or_path", "") or type(model).__name__)

@@ -84,7 +84,7 @@ def child(arguments: argparse.Namespace) -> None:
             "name": name, "device": arguments.device, "dtype": None,
         }),
         jobs=arguments.helpers, alone=turns.alone, on_progress=on_progress, quick=arguments.quick,
-        threads=1 if arguments.device == "cpu" else None,
+        max_seconds=0.5 * arguments.limit, threads=1 if arguments.device == "cpu" else None,
     )
     profile.save(arguments.out / f"{name}.json")
     timing = profile.costs.timing
@@ -110,9 +110,10 @@ def run_all(arguments: argparse.Namespace) -> int:
             folder = root / f"gpu{gpu}"
             folder.mkdir(exist_ok=True)
             helpers = arguments.helpers if index == 0 else 0
+            method = "eager" if name.startswith("flux") else arguments.method  # its compilation takes longest
             command = [
                 sys.executable, __file__, str(arguments.out), name, f"--child={folder}", f"--device={arguments.device}",
-                f"--helpers={helpers}", f"--method={'eager' if name.startswith('flux') else arguments.method}",
+                f"--helpers={helpers}", f"--limit={arguments.limit}", f"--method={method}",
             ]
             command += [f"--backend={arguments.backend}"] if arguments.backend else []
             command += ["--quick"] if arguments.quick else []

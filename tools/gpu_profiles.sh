@@ -5,4 +5,4 @@
 # usage: tools/gpu_profiles.sh FOLDER [NAME ...] [--limit SECONDS]
 folder=$1
 shift
-USE_FLAX=0 HF_HUB_OFFLINE=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} exec python3 tools/gpu_profiles.py "$folder" "$@"
+USE_FLAX=0 HF_HUB_OFFLINE=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} exec "${PYTHON:-python3}" tools/gpu_profiles.py "$folder" "$@"

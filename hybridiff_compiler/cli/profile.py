@@ -41,8 +41,8 @@ def command(
         min=1, help="Measure links between so many ranks [default: all GPUs; 2 processes on cpu].")] = None,
     backend: Annotated[str | None, typer.Option(
         help="What will run the stages: eager or inductor [default: inductor on cuda].")] = None,
-    jobs: Annotated[int, typer.Option(
-        min=0, help="Processes that compile ahead (random weights only; each holds the weights once more).")] = 0,
+    jobs: Annotated[int | None, typer.Option(
+        min=0, help="Processes that compile ahead, for random weights [default: 2 on cuda where they fit].")] = None,
     estimate: Annotated[str | None, typer.Option(
         help="Estimate the times on another kind of GPU instead: h100, a100, l40s, rtx4090, rtx3090, ...")] = None,
     fit: Annotated[Path | None, typer.Option(

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 __all__ = ["CostOptions", "estimate_costs", "link_devices", "measure_costs_only", "with_measured_links"]
 
 
+_MOST_JOBS = 2
+
+
 @dataclass(frozen=True, kw_only=True)
 class CostOptions:
     """What the command line says about costs."""
@@ -28,7 +31,7 @@ class CostOptions:
     seed: int
     quick: bool
     random_weights: bool
-    jobs: int
+    jobs: int | None
 
 
 def measure_costs_only(model: str, options: CostOptions, call_options: Any, on_progress: Any) -> Profile:
@@ -56,7 +59,8 @@ def measure_costs_only(model: str, options: CostOptions, call_options: Any, on_p
             "name": model, "device": options.device, "dtype": options.dtype,
         })
         return profile_costs(
-            built.denoiser, call=built.call, name=model, random_weights=True, recipe=recipe, jobs=options.jobs,
+            built.denoiser, call=built.call, name=model, random_weights=True, recipe=recipe,
+            jobs=_jobs(options, built.denoiser),
             num_inference_steps=options.steps or built.spec.steps,
             guidance_scale=_or(options.guidance_scale, built.spec.guidance_scale), **common,
         )
@@ -162,6 +166,19 @@ def link_devices(device: str, gpus: int | None, quick: bool) -> Sequence[str]:
     if gpus is not None and gpus > present:
         raise UsageError(f"got --gpus {gpus}, this machine has {present}; links can be measured between those only")
     return tuple(f"cuda:{index}" for index in range(present if gpus is None else gpus))
+
+
+def _jobs(options: CostOptions, denoiser: Any) -> int:
+    """Processes that compile ahead: each needs memory for the weights and for running them once."""
+    if options.jobs is not None:
+        return options.jobs
+    if options.device == "cpu" or options.backend == "eager":
+        return 0
+    import torch
+
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in denoiser.parameters())
+    room = int(torch.cuda.mem_get_info()[0] / (1.5 * weights)) - 1  # this process runs them, too
+    return max(0, min(_MOST_JOBS, room))
 
 
 def _worlds(gpus: int | None) -> tuple[int, ...]:

@@ -234,6 +234,17 @@ def stage_distance(
     )
 
 
-def layers_of(segment: Segment, partitions: Mapping[str, Partition]) -> frozenset[str]:
-    """Names of the layers that a segment evaluates."""
-    return frozenset(name for stage in segment.stages for name in partitions[segment.partition].stages[stage])
+def layers_of(runner: SegmentRunner, segment: Segment, partitions: Mapping[str, Partition]) -> frozenset[str]:
+    """Names of the layers that a segment's graph evaluates: of its stages, those that its results depend on.
+
+    Where the values that a stage passes on are read by nobody (an inner run whose results are reused), the layers that
+    only they depend on are left out of its graph.
+    """
+    graph = runner.layers
+    inside = {name for stage in segment.stages for name in partitions[segment.partition].stages[stage]}
+    taps = {name for _, name in runner.values_written(segment)}
+    live = {value.producer for value in graph.values if value.name in taps} | ({graph.output} & inside)
+    for value in reversed(graph.values):  # producers come before consumers
+        if value.producer in inside and not live.isdisjoint(value.consumers):
+            live.add(value.producer)
+    return frozenset(live)

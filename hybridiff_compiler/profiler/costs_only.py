@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -40,6 +41,7 @@ def cost_profile(
     method: LayerMethod = "compiled",
     rounds: int = 15,
     max_rounds: int = 3,
+    max_seconds: float = math.inf,
     threads: int | None = None,
     links: Sequence[str] = (),
     step_overhead_s: float = 0.0,
@@ -61,7 +63,7 @@ def cost_profile(
         backend: `eager` or `inductor`.
         method: see `costs.measure_layers`.
         rounds: samples of each time.
-        max_rounds: see `settling.measure_costs`.
+        max_rounds, max_seconds: see `settling.measure_costs`.
         threads: CPU threads of one rank.
         links: devices between which links are measured, if there are two or more.
         step_overhead_s: of the pipeline, where one was watched.
@@ -84,6 +86,7 @@ def cost_profile(
     with pinned_threads(threads), Helpers(recipe, jobs, backend=backend) as helpers:
         measured = measure_costs(
             denoiser, bare, inputs, tables, backend=backend, method=method, rounds=rounds, max_rounds=max_rounds,
+            max_seconds=max_seconds,
             step_overhead_s=step_overhead_s, alone=alone, helpers=helpers, on_progress=on_progress,
         )
     with alone():

@@ -7,6 +7,8 @@ and the partitions are solved for again.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -59,6 +61,7 @@ def measure_costs(
     method: LayerMethod = "compiled",
     rounds: int = 15,
     max_rounds: int = 3,
+    max_seconds: float = math.inf,
     step_overhead_s: float = 0.0,
     alone: Alone = nullcontext,
     helpers: Helpers | None = None,
@@ -75,6 +78,7 @@ def measure_costs(
         method: see `measure_layers`.
         rounds: samples of each time.
         max_rounds: how often the partitions are solved for and measured, at most. Only new graphs are timed again.
+        max_seconds: after which no further round is begun.
         step_overhead_s: taken over into the costs.
         alone: opened around samples.
         helpers: processes that build graphs ahead.
@@ -83,6 +87,7 @@ def measure_costs(
     Returns:
         Costs with `LayerTiming`, and the partitions and patterns that the stage costs are of.
     """
+    began = time.monotonic()
     graph = bare.layers
     whole = Partition.whole(graph)
     device = next(denoiser.parameters()).device
@@ -97,15 +102,21 @@ def measure_costs(
     exact = tuple(p for p in tables(graph, [layer.flops + 1.0 for layer in graph.layers])[1] if p.partition == WHOLE)
     known: dict[_Key, StageCost] = {}
 
-    def time_new(
-        partitions: tuple[Partition, ...], patterns: tuple[Pattern, ...], segments: Mapping[Segment, _Key]
-    ) -> None:
-        """Time the segments whose graph was not timed before."""
+    def time_new(partitions: tuple[Partition, ...], patterns: tuple[Pattern, ...]) -> dict[Segment, _Key]:
+        """Time the segments of `patterns` whose graph was not timed before; which graph each of them is."""
         runner = SegmentRunner(
             denoiser, bare.signature, patterns, partitions, backend=backend, recorder=recorder_for(device),
             captured={batch: bare.captured(batch) for batch in (1, 2)},
         )
+        stages = {partition.name: partition for partition in (*partitions, whole)}
+        segments = {
+            segment: (layers_of(runner, segment, stages), len(segment.branches))
+            for segment in distinct_segments(patterns).values()
+        }
         new = [segment for segment, key in segments.items() if key not in known]
+        if partitions:
+            helpers.start(bare.signature, partitions, patterns, new)
+        helpers.wait()
         measured = measure_segments(
             runner, inputs, new, rounds=rounds, alone=undisturbed,
             on_progress=lambda done, total: on_progress("stage times", done, total),
@@ -114,17 +125,16 @@ def measure_costs(
         del runner
         if device.type == "cuda":
             torch.cuda.empty_cache()
+        return segments
 
     # The whole denoiser is timed without the values that cheap steps want of it: they cost next to nothing, and its
     # graph would change with every partition.
-    wholes = _keys(exact, (whole,))
-    helpers.start(bare.signature, (), exact, list(wholes))
+    helpers.start(bare.signature, (), exact, list(distinct_segments(exact).values()))
     raw = measure_layers(
         bare, inputs, backend=backend, method=method, rounds=rounds, alone=undisturbed,
         on_progress=lambda done, total: on_progress("layer times", done, total),
     )
-    helpers.wait()
-    time_new((), exact, wholes)
+    time_new((), exact)
     whole_s = {batch: cost.seconds for (_, batch), cost in known.items()}
     raw_sum = {batch: sum(raw[batch].seconds) / seconds for batch, seconds in whole_s.items()}
     raw = {batch: times.scaled_to(whole_s[batch]) if batch in whole_s else times for batch, times in raw.items()}
@@ -136,14 +146,12 @@ def measure_costs(
     )
     for count in range(1, max_rounds + 1):
         solved = tables(graph, layers[1].seconds)
-        if solved[0] == partitions:
-            timing = timing.model_copy(update={"settled": True})
+        settled = solved[0] == partitions
+        if settled or (count > 1 and time.monotonic() - began > max_seconds):
+            timing = timing.model_copy(update={"settled": settled})
             break
         partitions, patterns = solved
-        keys = _keys(patterns, (*partitions, whole))
-        helpers.start(bare.signature, partitions, patterns, [s for s, key in keys.items() if key not in known])
-        helpers.wait()
-        time_new(partitions, patterns, keys)
+        keys = time_new(partitions, patterns)
         measured = _stages(known, 1)
         before = stage_distance(graph.names, raw[1].seconds, measured)
         layers = {batch: _fitted(graph, times, known, batch) for batch, times in raw.items()}
@@ -171,14 +179,6 @@ def _stages(known: Mapping[_Key, StageCost], batch: int) -> list[StageTime]:
     return [
         StageTime(names, cost.seconds, cost.spread) for (names, branches), cost in known.items() if branches == batch
     ]
-
-
-def _keys(patterns: Sequence[Pattern], partitions: Sequence[Partition]) -> dict[Segment, _Key]:
-    by_name = {partition.name: partition for partition in partitions}
-    return {
-        segment: (layers_of(segment, by_name), len(segment.branches))
-        for segment in distinct_segments(patterns).values()
-    }
 
 
 def _fitted(graph: LayerGraph, times: LayerTimes, known: Mapping[_Key, StageCost], batch: int) -> LayerTimes:

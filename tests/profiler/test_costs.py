@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hybridiff_compiler as hc
-from hybridiff_compiler.ir import InputError, Profile, UsageError
+from hybridiff_compiler.ir import InputError, Partition, Pattern, Profile, UsageError
 from hybridiff_compiler.profiler import costs as costs_module
-from hybridiff_compiler.profiler.costs import StageTime, fit_to_stages, stage_distance
+from hybridiff_compiler.profiler.costs import StageTime, distinct_segments, fit_to_stages, layers_of, stage_distance
 from hybridiff_compiler.profiler.marks import MarkedWhole
 from hybridiff_compiler.profiler.precompile import Helpers, Recipe
 from hybridiff_compiler.quality.denoisers import DENOISERS, random_denoiser
@@ -54,6 +54,27 @@ def runner(tiny):
 
     signature, leaves = flatten_call(tiny.denoiser, (), tiny.call)
     return SegmentRunner(tiny.denoiser, signature, (), ()), leaves
+
+
+def test_layers_that_nobody_waits_for_are_no_part_of_a_stage(tiny, runner):
+    """The front of a chain whose middle is reused is not computed, and a value that is passed on is."""
+    bare = runner[0]
+    names = bare.layers.names
+    blocks = [name for name in names if name.startswith("transformer_blocks")]
+    inner = tuple(blocks[1:3])
+    partition = Partition(name="split", stages=(inner, tuple(name for name in names if name not in inner)))
+
+    def live(table):
+        pattern = Pattern.parse("p", table, partition="split", stages=2)
+        cut = SegmentRunner(
+            tiny.denoiser, bare.signature, [pattern], [partition], captured={1: bare.captured(1)}
+        )
+        outer = next(s for s in distinct_segments([pattern]).values() if s.stages == (1,))
+        return layers_of(cut, outer, {"split": partition})
+
+    assert blocks[0] not in live("u1@0(u0~) c1@1(c0~) | cfg")
+    assert blocks[0] in live("c0@0(c1~) c1@1(c0~) | delta")
+    assert blocks[3] in live("u1@0(u0~) c1@1(c0~) | cfg")
 
 
 def test_marks_split_the_time_of_one_evaluation(runner):
@@ -166,8 +187,6 @@ def test_without_a_denoisers_call_there_is_nothing_to_measure(tiny):
 
 def test_helpers_build_graphs_and_end(runner):
     from hybridiff_compiler.planner import candidate_partitions, measured_patterns
-    from hybridiff_compiler.profiler.costs import distinct_segments
-
     graph = runner[0].layers
     partitions = candidate_partitions(graph, [1.0] * len(graph.layers), (2,))
     patterns = measured_patterns(partitions, (2,))
