@@ -291,7 +291,7 @@ class Compounding(Data):
     knots: tuple[tuple[float, float], ...] = ()
     """(raw dB, mean PSNR in dB), both strictly increasing; empty: the PSNR is the raw value."""
     residual_db: float = Field(default=0.0, ge=0)
-    """Root mean square of the distances of measured schedules from the curve, each left out of its own fit."""
+    """Root mean square of the distances of solved schedules from the curve, each left out of its own fit."""
     prompt_std_db: float = Field(default=0.0, ge=0)
     """Standard deviation of the PSNR over prompts, mean over the measured schedules."""
     prompts: int = Field(default=0, ge=0)

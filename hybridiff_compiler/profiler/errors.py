@@ -2,14 +2,15 @@
 
 Every finished part (a batch of prompts, a schedule) goes into the session's `Partial`, so that a stopped session does
 it only once. Cost: prompts x steps for the exact runs, prompts x probes x steps for the propagation, curve prompts x
-measured steps x ages x distinct segments for the errors, prompts / 2 per schedule: O(steps x patterns), as no run is
-finished for a single (step, pattern, age).
+measured steps x ages x distinct segments for the errors, one block of prompts per schedule: O(steps x patterns), as
+no run is finished for a single (step, pattern, age).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,8 @@ from .sensitivity import Sketches, propagate, pull_back_images, standard_error_d
 __all__ = ["Curves", "ErrorMeasurement", "ErrorSettings"]
 
 Progress = Callable[[str, int, int], None]
+_BLOCK = 12
+"""Prompts that a whole schedule is measured on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +170,7 @@ class ErrorMeasurement:
     def schedules(
         self, model: ModelInfo, errors: Sequence[PatternErrors], proposals: Sequence[tuple[tuple[str, ...], str]]
     ) -> list[MeasuredSchedule]:
-        """Measure whole schedules, each on one half of the prompts in turn.
+        """Measure whole schedules, each on one block of the prompts in turn.
 
         Args:
             model: for the plans that are simulated.
@@ -175,14 +178,14 @@ class ErrorMeasurement:
             proposals: (steps, kind), like ones next to each other.
         """
         decode = decoder_of(self._generation.pipe)
-        halves = self._halves()
+        blocks = self._blocks()
         by_name, measured = {pattern.name: pattern for pattern in self._patterns}, []
         known = {each.pattern: each for each in errors}
         for number, (steps, kind) in enumerate(proposals):
             self._progress("whole schedules", number, len(proposals))
-            half = number % len(halves)
+            block = number % len(blocks)
             schedule = FixedSchedule(steps=steps)
-            name = f"schedule {half} {schedule}"
+            name = f"schedule {block} {schedule}"
             kept = self._partial.get(name)
             if kept is None:
                 plan = Plan(
@@ -191,7 +194,7 @@ class ErrorMeasurement:
                 )
                 simulator = Simulator(plan, self._denoiser, runners=self._runners)
                 values: list[float] = []
-                for batch in halves[half]:
+                for batch in blocks[block]:
                     self._runner(len(batch.prompts))
                     final = self._generation.latents(batch.prompts, simulator, batch.first)
                     reference = decode(batch.final.to(final))
@@ -199,24 +202,25 @@ class ErrorMeasurement:
                 self._partial.put(name, values)
             else:
                 values = kept[1]
-            measured.append(MeasuredSchedule(grouped_errors(by_name, known, steps), tuple(values), half, kind))
+            measured.append(MeasuredSchedule(grouped_errors(by_name, known, steps), tuple(values), block, kind))
         self._progress("whole schedules", len(proposals), len(proposals))
         return measured
 
-    def _halves(self) -> list[list[_Batch]]:
-        """The prompts in two halves; a single prompt makes one. No gradients are kept, so batches may be larger."""
+    def _blocks(self) -> list[list[_Batch]]:
+        """The prompts in blocks of about a dozen, two at least; a single prompt makes one. No gradients are kept, so
+        batches may be larger."""
         size = 2 * self._settings.images_per_batch
         single = [
             (batch.first + k, prompt, batch.final[k : k + 1])
             for batch in self._batches for k, prompt in enumerate(batch.prompts)
         ]
-        half = (len(single) + 1) // 2
-        parts = [single[:half], single[half:]] if len(single) > 1 else [single]
+        count = min(len(single), max(2, round(len(single) / _BLOCK)))
+        borders = [round(k * len(single) / count) for k in range(count + 1)]
         result = []
-        for part in parts:
+        for begin, end in pairwise(borders):
             batches = []
-            for k in range(0, len(part), size):
-                chunk = part[k : k + size]
+            for k in range(begin, end, size):
+                chunk = single[k : min(k + size, end)]
                 batches.append(_Batch(chunk[0][0], [p for _, p, _ in chunk], torch.cat([f for _, _, f in chunk])))
             result.append(batches)
         return result
