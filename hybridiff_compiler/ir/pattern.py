@@ -48,7 +48,7 @@ class Combine(StrEnum):
     DELTA = "delta"
     """One estimate was computed; the other follows from the last known difference between the branches."""
     LAST = "last"
-    """Nothing was computed; the last pair stands in."""
+    """Nothing was computed; the last pair that is not mirrored stands in."""
 
 
 class Read(Data):
