@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from .ir import LayerGraph, Partition, Pattern, Profile, UsageError
+from .ir import LayerGraph, Link, Partition, Pattern, Profile, UsageError
 
 __all__ = ["profile", "profile_costs"]
 
@@ -25,6 +25,7 @@ def profile(
     quick: bool = False,
     full: bool = False,
     gpus: Iterable[int] = (1, 2, 4),
+    link: Link | None = None,
     errors_from: Profile | None = None,
     backend: str | None = None,
     partial: Path | None = None,
@@ -48,6 +49,8 @@ def profile(
         full: errors of every step and more ages, on all prompts (several times the work; for GPUs). The default
             measures every third step and the first and last ones, three ages and eight prompts, and interpolates.
         gpus: the numbers of GPUs to plan for later: their ways to run a step are measured.
+        link: between the GPUs that will run it, if stages shall recompute cheap layers whose values take longer to
+            arrive over it (default: they receive everything).
         errors_from: a profile of the same generations made on another device; only costs are measured then.
         backend: what stages are timed with, `eager` or `inductor` (default: inductor on CUDA, eager elsewhere).
         partial: file for the state of an unfinished session: written as parts finish, continued when it exists, deleted
@@ -93,12 +96,12 @@ def profile(
         rounds=5 if quick else 15,
         backend=_backend(find_denoiser(pipe)[1], backend),
         partial=partial,
-        tables_for=f"GPUs {worlds}",
+        tables_for=f"GPUs {worlds}" + (f", link {link}" if link is not None else ""),
         on_progress=on_progress,
     )
 
     def tables(graph: LayerGraph, costs: Sequence[float]) -> tuple[tuple[Partition, ...], tuple[Pattern, ...]]:
-        partitions = candidate_partitions(graph, costs, worlds)
+        partitions = candidate_partitions(graph, costs, worlds, link=link)
         return partitions, measured_patterns(partitions, worlds)
 
     def schedules(profile: Profile) -> Sequence[tuple[tuple[str, ...], str]]:
@@ -122,6 +125,7 @@ def profile_costs(
     quick: bool = False,
     max_seconds: float = 240.0,
     gpus: Iterable[int] = (1, 2),
+    link: Link | None = None,
     links: Sequence[str] = (),
     random_weights: bool = False,
     recipe: Any = None,
@@ -147,6 +151,8 @@ def profile_costs(
         quick: fewer repeats, and stages are not re-measured after partitions moved.
         max_seconds: after which partitions are not solved for and their stages not measured once more.
         gpus: the numbers of GPUs to plan for later: stages of their partitions are measured.
+        link: between the GPUs that will run it, if stages shall recompute cheap layers whose values take longer to
+            arrive over it (default: they receive everything).
         links: devices between which links are measured, e.g. `("cuda:0", "cuda:1")`.
         random_weights: whether the weights are; noted.
         recipe, jobs: how helper processes make the denoiser, and how many build graphs ahead
@@ -177,7 +183,7 @@ def profile_costs(
         raise UsageError("got a denoiser without an example call; pass call={...}, one branch's keyword arguments")
     denoiser = model if call is not None else find_denoiser(model)[1]
     def tables(graph: LayerGraph, costs: Sequence[float]) -> tuple[tuple[Partition, ...], tuple[Pattern, ...]]:
-        partitions = candidate_partitions(graph, costs, worlds)
+        partitions = candidate_partitions(graph, costs, worlds, link=link)
         return partitions, measured_patterns(partitions, worlds)
 
     chosen: dict[str, Any] = {

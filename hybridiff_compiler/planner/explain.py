@@ -81,12 +81,12 @@ def explain(profile: Profile, plan: Plan) -> Explanation:
     if scaled.num_steps != plan.num_steps:
         scaled = at_steps(profile, plan.num_steps)
     in_work = words.get("costs") == "work"
-    problem = Problem(in_work_units(scaled) if in_work else scaled, plan.world_size, extra=plan.patterns)
+    problem = Problem(in_work_units(scaled) if in_work else scaled, plan.world_size, extra=plan.patterns, ranks=plan.ranks)
     schedule = plan.schedule if isinstance(plan.schedule, FixedSchedule) else plan.schedule.resolve([])
     steps = schedule.steps
     latency, error = problem.latency_s(steps), problem.error(steps)
     without = [word for word in words.get("without", "").split(",") if word]
-    solved = solve_problem(Problem(problem.profile, plan.world_size, without))
+    solved = solve_problem(Problem(problem.profile, plan.world_size, without, ranks=plan.ranks))
     return Explanation(
         latency_ms=1e3 * latency, psnr_db=_db(problem, error), runs=_runs(problem, steps),
         binding=_binding(problem, solved, target, latency, error), trades=_trades(problem, solved, latency, error),

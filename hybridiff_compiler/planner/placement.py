@@ -45,11 +45,11 @@ def fastest_placement(
     """The placement of least predicted latency among `placements`; with unequal `speeds` (one per rank), also among
     those that give the most work to the fastest rank, the next most to the next, and so on.
 
-    Of equally fast ones, the first.
+    Of equally fast ones, the first. Exact tables stay as they are divided.
     """
-    candidates = list(placements(pattern, world))
+    candidates = placements(pattern, world) if not pattern.is_exact else (pattern,)
     if speeds is not None and len(set(speeds)) > 1:
-        candidates += [_matched(placed, model, speeds) for placed in candidates]
+        candidates += tuple(_matched(placed, model, speeds) for placed in candidates)
     if len(candidates) == 1:
         return candidates[0]
     return min(candidates, key=lambda placed: model.step(placed).latency_s)

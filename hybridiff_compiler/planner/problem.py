@@ -44,7 +44,8 @@ class Problem:
         self.profile, self.gpus = profile, gpus
         self._model = CostModel(profile, ranks)
         speeds = None if ranks is None else [rank.speed for rank in ranks]
-        exact = exact_patterns(gpus)
+        single, *divided = exact_patterns(gpus)
+        exact = [single, *(fastest_placement(pattern, gpus, self._model, speeds) for pattern in divided)]
         cheap = [fastest_placement(p, gpus, self._model, speeds) for p in profile.patterns if not p.is_exact]
         self.excluded = _check_families(without, cheap)
         chosen = [*exact, *(p for p in cheap if family_of(p.name) not in self.excluded), *extra]

@@ -77,6 +77,7 @@ def plan(
     costs: str = "measured",
     without: Iterable[str] = (),
     device: str | None = None,
+    speeds: Sequence[float] | None = None,
 ) -> Plan:
     """The best plan for a target.
 
@@ -95,6 +96,8 @@ def plan(
             units; predictions are in both).
         without: families of patterns not to use, e.g. `reuse`.
         device: `cpu` or `cuda`; default: where the profile was measured.
+        speeds: of every rank, relative to the profiled device, where they differ; rank 0 is the driver and the one
+            that speed-ups are over.
 
     Raises:
         UsageError: no target or too many, or an argument out of range.
@@ -116,14 +119,14 @@ def plan(
         raise UsageError(f"got costs {costs!r}; choose from {', '.join(COSTS)}")
     if costs == "work" and max_latency_ms is not None:
         raise UsageError("work has no milliseconds; ask for a speedup, or plan with measured costs")
-    ranks = (RankSpec(device=_device(profile, device)),) * gpus
+    ranks = _ranks(_device(profile, device), gpus, speeds)
     scaled = at_steps(profile, num_inference_steps, strength=strength)
     if policy == "paper":
         return _paper_plan(scaled, gpus, without, ranks, asked, profile)
-    problem = Problem(scaled, gpus, without)
+    problem = Problem(scaled, gpus, without, ranks=ranks)
     if policy == "exact":
         return plan_for_steps(problem, (problem.exact.name,) * scaled.num_steps, ranks, asked, source=profile)
-    solving = problem if costs == "measured" else Problem(in_work_units(scaled), gpus, without)
+    solving = problem if costs == "measured" else Problem(in_work_units(scaled), gpus, without, ranks=ranks)
     solved = solve_problem(solving)
     point = target.choose(solving, solved)
     return plan_for_steps(
@@ -175,11 +178,11 @@ def plan_for_steps(
 def _paper_plan(
     profile: Profile, gpus: int, without: Iterable[str], ranks: tuple[RankSpec, ...], target: str, source: Profile
 ) -> Plan:
-    problem = Problem(profile, gpus, without)
+    problem = Problem(profile, gpus, without, ranks=ranks)
     if "paper" in problem.excluded:
         raise UsageError("the policy 'paper' cannot do without the family 'paper'; drop one of the two")
     window = paper_window(profile, gpus)
-    problem = Problem(profile, gpus, without, extra=(window,))
+    problem = Problem(profile, gpus, without, extra=(window,), ranks=ranks)
     schedule = paper_schedule(profile, problem.exact.name, window.name)
     typical = schedule.resolve(profile.guidance.mean if profile.guidance is not None else ())
     predictions = problem.predict(typical.steps, target)
@@ -224,3 +227,10 @@ def _device(profile: Profile, device: str | None) -> Device:
     if device == "cpu" or device == "cuda":
         return "cpu" if device == "cpu" else "cuda"
     raise UsageError(f"got device {device!r}; choose cpu or cuda")
+
+
+def _ranks(device: Device, gpus: int, speeds: Sequence[float] | None) -> tuple[RankSpec, ...]:
+    each = (1.0,) * gpus if speeds is None else tuple(speeds)
+    if len(each) != gpus or not all(math.isfinite(speed) and speed > 0 for speed in each):
+        raise UsageError(f"got speeds {list(each)} for {gpus} GPUs; give one above 0 for each, rank 0 first")
+    return tuple(RankSpec(device=device, speed=speed) for speed in each)

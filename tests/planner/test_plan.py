@@ -385,3 +385,17 @@ def test_predictions_refuse_unknown_patterns(profile: Profile) -> None:
     with pytest.raises(InputError, match="knows no pattern 'magic'"):
         problem.predict(("branch", "magic"))
     assert problem.predict(("branch",) + ("reuse",) * 18 + ("branch",)).psnr_db is None  # older than measured
+
+
+def test_plans_for_unequal_ranks_use_the_fast_ones(profile: Profile) -> None:
+    equal = plan(profile, gpus=3, min_psnr=30)
+    unequal = plan(profile, gpus=3, min_psnr=30, speeds=(1.0, 0.25, 1.0))
+    assert [rank.speed for rank in unequal.ranks] == [1.0, 0.25, 1.0]
+    (branch,) = [pattern for pattern in unequal.patterns if pattern.name == "branch"]
+    assert {unit.rank for unit in branch.units} == {0, 2}
+    slow = plan(profile, gpus=3, min_psnr=30, speeds=(1.0, 0.25, 0.25))
+    latencies = [made.predictions.latency_s or 0 for made in (equal, unequal, slow)]
+    assert latencies == sorted(latencies)
+    assert latencies[0] < latencies[2]
+    with pytest.raises(UsageError, match=r"got speeds \[1.0, 0.5\] for 3 GPUs"):
+        plan(profile, gpus=3, min_psnr=30, speeds=(1.0, 0.5))
