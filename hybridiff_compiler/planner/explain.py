@@ -81,7 +81,8 @@ def explain(profile: Profile, plan: Plan) -> Explanation:
     if scaled.num_steps != plan.num_steps:
         scaled = at_steps(profile, plan.num_steps)
     in_work = words.get("costs") == "work"
-    problem = Problem(in_work_units(scaled) if in_work else scaled, plan.world_size, extra=plan.patterns, ranks=plan.ranks)
+    costed = in_work_units(scaled) if in_work else scaled
+    problem = Problem(costed, plan.world_size, extra=plan.patterns, ranks=plan.ranks)
     schedule = plan.schedule if isinstance(plan.schedule, FixedSchedule) else plan.schedule.resolve([])
     steps = schedule.steps
     latency, error = problem.latency_s(steps), problem.error(steps)
