@@ -105,7 +105,7 @@ def profile(
         return partitions, measured_patterns(partitions, worlds)
 
     def schedules(profile: Profile) -> Sequence[tuple[tuple[str, ...], str]]:
-        return trial_schedules(profile, random=3 if quick else 8, seed=seed)
+        return trial_schedules(profile, random=3 if quick else 10, seed=seed)
 
     return session.measure(tables, schedules, errors_from)
 

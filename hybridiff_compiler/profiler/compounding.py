@@ -26,9 +26,9 @@ __all__ = ["Fit", "MeasuredSchedule", "fit_compounding", "fit_schedules"]
 
 _WIDTH_DB = 2.5
 """Schedules whose raw values are closer than this share a knot."""
-_WEIGHT_SPREAD = 0.07
+_WEIGHT_SPREAD = 0.1
 """Prior standard deviation of the logarithm of a weight: narrow, as one odd schedule can feign a weight, and one that
-is not there costs more than one that is missed (judged on random schedules of the bundled U-Net, held-out prompts)."""
+is not there costs more than one that is missed (judged on random schedules, held-out prompts, both bundled models)."""
 _NOISE_DB = 1.2
 """Standard deviation of a measured mean PSNR that the prior is weighed against."""
 _BLOCK_SPREAD_DB = 1.5

@@ -32,3 +32,13 @@ def test_trials_are_of_both_kinds():
     assert kinds.count("random") == 4
     assert kinds.count("solved") >= 1
     assert len({steps for steps, _ in trials}) == len(trials)
+
+
+def test_trials_do_not_mix_what_disturbs_each_other():
+    profile = make_profile()
+    problem = Problem(profile, 2)
+    drawn = random_schedules(problem, 40, seed=1, mixed=False)
+    assert any(any(name.startswith("paper") for name in steps) for steps, _ in drawn)
+    for steps, _ in drawn:
+        if any(name.startswith("paper") for name in steps):
+            assert not any(name.startswith(("cond-pipe", "branch-reuse")) for name in steps)
