@@ -101,12 +101,14 @@ def measure_layers(
     done = 0
     on_progress(done, total)
     plain: dict[int, tuple[Timing, ...]] = {}
+    device = next(iter(inputs["cond"].values())).device
     for batch in batches:
         leaves = runner.join_inputs(inputs, BRANCHES[:batch] if batch > 1 else BRANCHES[1:])
         plain[batch] = MarkedWhole.build(runner.captured(batch), leaves, "eager").times(rounds, alone=alone)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         done += 1
         on_progress(done, total)
-    device = next(iter(inputs["cond"].values())).device
     shown: Literal["wall", "graph", "compiled", "eager-graph"] = "wall" if device.type != "cuda" else "graph"
     gain = np.ones(len(runner.layers.layers))
     spread = {batch: tuple(timing.spread for timing in timings) for batch, timings in plain.items()}
