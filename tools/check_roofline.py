@@ -4,7 +4,8 @@
 
 Each of the two profiles (same denoiser, two kinds of GPU) is predicted from the other one, by what carries over layer
 by layer, and by the three fitted efficiencies alone. With --paper, runs on two RTX 3090 are predicted from a measured
-profile and printed beside what the paper reports (50 steps; its schedules, with warm-up until the cap).
+profile (or taken from one that was itself estimated for rtx3090-pcie3) and printed beside what the paper reports (50
+steps; its schedules, with warm-up until the cap).
 """
 
 from __future__ import annotations
@@ -55,8 +56,10 @@ def paper(name: str, source: Profile) -> list[dict[str, Any]]:
     """Predicted and published speed-ups on two RTX 3090."""
     from hybridiff_compiler.profiler.devices import DEVICES
 
-    there = estimate_profile(source.model, source.graph, DEVICES["rtx3090-pcie3"], tables,
-                             fit=source.model_copy(update={"errors": ()}))
+    there = source
+    if source.provenance.estimated is None:
+        fit = source.model_copy(update={"errors": ()})
+        there = estimate_profile(source.model, source.graph, DEVICES["rtx3090-pcie3"], tables, fit=fit)
     steps = 50
     seconds = {pattern.name: step_cost(there, pattern).latency_s for pattern in there.patterns}
     window = next(n for n in ("paper:nested", "paper:linear") if n in seconds)
