@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -170,9 +171,9 @@ class _Builder:
         return Path(answer["file"])
 
     def close(self) -> None:
-        """End the process, whatever it is doing."""
+        """End the process and the compilers that it started, whatever they are doing."""
         with suppress(OSError):
-            self._process.kill()
+            os.killpg(self._process.pid, signal.SIGKILL)  # it leads a group of its own
         self._process.wait()
         self._log.close()
 
