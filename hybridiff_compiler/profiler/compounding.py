@@ -26,16 +26,17 @@ __all__ = ["Fit", "MeasuredSchedule", "fit_compounding", "fit_schedules"]
 
 _WIDTH_DB = 2.5
 """Schedules whose raw values are closer than this share a knot."""
-_WEIGHT_SPREAD = 0.1
-"""Prior standard deviation of the logarithm of a weight: narrow, as one odd schedule can feign a weight, and one that
-is not there costs more than one that is missed (judged on random schedules, held-out prompts, both bundled models)."""
+_WEIGHT_SPREAD = 0.2
+"""Prior standard deviation of the logarithm of a weight: a dozen schedules easily feign one that is not there."""
 _NOISE_DB = 1.2
 """Standard deviation of a measured mean PSNR that the prior is weighed against."""
+_RANDOM_SHARE = 0.35
+"""How much a random schedule counts at a knot, a solved one being 1."""
 _BLOCK_SPREAD_DB = 1.5
 """Prior standard deviation of a block's level."""
 _OUTLIER_DB = 1.5
 """Distance from the curve beyond which a schedule counts less."""
-_DRAW = 2.0
+_DRAW = 0.7
 """Schedules at a knot that weigh as much as the smooth curve."""
 _BEND_SPREAD = 0.01
 """Prior standard deviation of the bend of the curve, in dB per dB squared."""
@@ -95,7 +96,7 @@ def fit_schedules(measured: Sequence[MeasuredSchedule]) -> Fit:
     return Fit(
         weights={group: float(f"{weight:.4g}") for group, weight in zip(groups, model.weights)},
         compounding=Compounding(
-            knots=_knots(raw, model.level(means, blocks), model.predict(table)),
+            knots=_knots(raw, model.level(means, blocks), model.predict(table), planned),
             residual_db=_rounded(_left_out_residual(table, means, blocks, planned if planned.any() else ~planned)),
             prompt_std_db=_rounded(float(np.mean(spread))), prompts=prompts, schedules=len(measured), checks=checks,
         ),
@@ -189,23 +190,34 @@ def _left_out_residual(
 
 
 def _knots(
-    x: NDArray[np.float64], y: NDArray[np.float64], smooth: NDArray[np.float64] | None = None
+    x: NDArray[np.float64], y: NDArray[np.float64], smooth: NDArray[np.float64] | None = None,
+    solved: NDArray[np.bool_] | None = None,
 ) -> tuple[tuple[float, float], ...]:
-    """Neighbours averaged into knots, drawn towards the `smooth` curve the more the fewer they are; isotonic regression
-    takes out what noise makes decrease."""
+    """Neighbours averaged into knots; isotonic regression takes out what noise makes decrease.
+
+    With `smooth`, knots are drawn towards that curve the more the fewer schedules they have. With `solved`, those count
+    most: plans are made of them, and the planner's choice of what looks best makes their errors larger than they look.
+    """
     order = np.argsort(x)
     x, y = x[order], y[order]
     base = y if smooth is None else smooth[order]
-    y = base + np.clip(y - base, -_OUTLIER_DB, _OUTLIER_DB)
+    planned = np.ones(len(x), dtype=bool) if solved is None or not solved.any() else solved[order]
+    count = np.where(planned, 1.0, _RANDOM_SHARE)
+    misses = np.where(planned, y - base, np.clip(y - base, -_OUTLIER_DB, _OUTLIER_DB))
     groups: list[list[int]] = [[0]]
     for index in range(1, len(x)):
         if x[index] - x[groups[-1][0]] < _WIDTH_DB:
             groups[-1].append(index)
         else:
             groups.append([index])
-    centres = [float(x[group].mean()) for group in groups]
-    means = [base[g].mean() + len(g) / (len(g) + _DRAW) * (y - base)[g].mean() for g in groups]
-    heights = isotonic_regression(means, weights=[len(g) for g in groups]).x
+    centres = [float(np.average(x[g], weights=count[g])) for g in groups]
+    totals = np.array([count[g].sum() for g in groups])
+    draw = 0.0 if smooth is None else _DRAW
+    means = [
+        np.average(base[g], weights=count[g]) + total / (total + draw) * np.average(misses[g], weights=count[g])
+        for g, total in zip(groups, totals)
+    ]
+    heights = isotonic_regression(means, weights=totals).x
     knots: list[tuple[float, float]] = []
     for centre, height in zip(centres, heights):
         if not knots or height > knots[-1][1] + 1e-3:
