@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["frontier_figure", "save_html", "save_png"]
 
 _DPI = 150
+_SPEEDUPS = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 12, 16, 24)
 
 
 def frontier_figure(
@@ -55,6 +56,9 @@ def frontier_figure(
         inverse = (lambda value: single / _positive(value),) * 2
         above = axes.secondary_xaxis("top", functions=inverse)
         above.set_xlabel("speed-up over one rank")
+        fastest, slowest = points[0].speedup, points[-1].speedup
+        above.set_xticks([tick for tick in _SPEEDUPS if slowest <= tick <= fastest])
+        above.minorticks_off()
     return figure
 
 
