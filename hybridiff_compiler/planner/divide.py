@@ -61,7 +61,8 @@ def divide(
     order `K` is a prefix: O(ranks x layers^2), PipeDream's recurrence without replication (Narayanan et al., SOSP 2019,
     section 3.1). For the best order `K` runs over sets of ranks, equal ranks counted and not named, in the manner of
     Tarnawski et al. (NeurIPS 2020, "Efficient algorithms for device placement"; 2021, "Piper") with memory as a
-    constraint of each stage: O(product of (count + 1) x kinds x layers^2). The tables of times cost
+    constraint of each stage: O(product of (count + 1) x kinds x layers^2), where stages slower than the given order's
+    best are left out. The tables of times cost
     O(2^recompute x layers^2) per kind of rank. Of several optima, the first order and the earliest cuts.
 
     Args:
@@ -89,8 +90,10 @@ def divide(
     kinds = list(dict.fromkeys(workers))
     kind_of = [kinds.index(worker) for worker in workers]
     tables = [runs.table(kind) for kind in kinds]
-    path = list(_in_any_order(kind_of, runs, tables) if any_order else _in_order(kind_of))
-    found = _solve(path, runs, [seconds for seconds, _ in tables])
+    seconds = [table for table, _ in tables]
+    found = _solve(list(_in_order(kind_of)), runs, seconds)
+    if any_order and len(kinds) > 1:
+        found = _solve(list(_in_any_order(kind_of, runs, tables)), runs, seconds, at_most=_slowest(found, seconds))
     if found is None:
         raise InputError(_too_little(graph, runs, workers))
     cuts, used = found
@@ -149,26 +152,38 @@ def _in_any_order(
             yield used, before
 
 
+_Found = tuple[list[int], list[int]] | None
+"""The cuts of a division and the kind of rank of every stage; None when there is none."""
+
+
+def _slowest(found: _Found, tables: Sequence[NDArray[np.float64]]) -> float:
+    if found is None:
+        return np.inf
+    return max(float(tables[kind][span]) for span, kind in zip(pairwise(found[0]), found[1]))
+
+
 def _solve(
-    path: Sequence[_Step], runs: RunCosts, tables: Sequence[NDArray[np.float64]]
-) -> tuple[list[int], list[int]] | None:
-    """The cuts of the best division and the kind of rank of every stage; None when there is none."""
+    path: Sequence[_Step], runs: RunCosts, tables: Sequence[NDArray[np.float64]], *, at_most: float = np.inf
+) -> _Found:
+    """The best division, if it takes `at_most` so long: only stages that do are looked at."""
     final = path[-1][0]
     empty = np.full(runs.size + 1, np.inf)
     empty[0] = 0.0
     best: dict[_Counts, NDArray[np.float64]] = {(0,) * len(final): empty}
     origin: dict[_Counts, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+    bands = [_band(table[: runs.last + 1], at_most) for table in tables]
+    ends = np.arange(runs.size + 1)
     for used, before in path:
-        ends = np.arange(runs.size + 1)
         allowed = ends == runs.size if used == final else ends <= runs.last
         least = np.full(runs.size + 1, np.inf)
         start, kind_of = np.zeros(runs.size + 1, dtype=np.int64), np.zeros(runs.size + 1, dtype=np.int64)
         for smaller, kind in before:
-            slowest = np.maximum(best[smaller][: runs.last + 1, None], tables[kind][: runs.last + 1])
-            first = slowest.argmin(axis=0)
-            value = slowest[first, ends]
+            begins, times = bands[kind]
+            slowest = np.maximum(best[smaller][begins], times)
+            first = slowest.argmin(axis=1)
+            value = slowest[ends, first]
             better = allowed & (value < least)
-            least[better], start[better], kind_of[better] = value[better], first[better], kind
+            least[better], start[better], kind_of[better] = value[better], begins[ends, first][better], kind
         best[used], origin[used] = least, (start, kind_of)
     if not np.isfinite(best[final][runs.size]):
         return None
@@ -180,6 +195,21 @@ def _solve(
         kinds.append(kind)
         used = tuple(count - (index == kind) for index, count in enumerate(used))
     return cuts[::-1], kinds[::-1]
+
+
+def _band(table: NDArray[np.float64], at_most: float) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Per end of a stage, where it may begin, `[end, k]`, and how long it takes then (infinite where there are fewer).
+
+    Only stages of finite time up to `at_most` count; memory runs along `k`, as the minima do.
+    """
+    fits = np.isfinite(table) & (table <= at_most * (1 + 1e-12))
+    last = len(table) - 1
+    first = fits.argmax(axis=0)
+    count = np.where(fits.any(axis=0), last - fits[::-1].argmax(axis=0) - first + 1, 0)
+    offsets = np.arange(max(1, int(count.max())))
+    begins = np.minimum(first[:, None] + offsets, last)
+    times = np.where(offsets < count[:, None], table[begins, np.arange(table.shape[1])[:, None]], np.inf)
+    return begins, times
 
 
 def _too_little(graph: LayerGraph, runs: RunCosts, workers: Sequence[Worker]) -> str:

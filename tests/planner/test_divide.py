@@ -116,7 +116,7 @@ def check(
         assert found.memory_bytes[index] == stage_memory(graph, order, set(stage), again)
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(st.data(), graphs(max_layers=6), some_workers, st.booleans(), st.booleans())
 def test_divide_is_optimal(
     data: st.DataObject, graph: LayerGraph, workers: list[Worker], overlap: bool, any_order: bool
