@@ -4,9 +4,9 @@ Model: the PSNR of a schedule is normal over prompts. Its standard deviation is 
 measured: a straight line over their mean PSNR where the profile kept them one by one (`Compounding.checks`; prompts
 differ less at high quality, never more), else one number for all (`prompt_std_db`).
 
-Checked on the bundled models (tools/measure_prompts.py, the CPU profiles' 24 prompts, one standard deviation for all):
-5 % quantiles of 42.7, 34.5 and 31.5 dB are predicted for three U-Net schedules and 42.4, 35.8 and 28.9 dB measured;
-40.6 and 35.9 dB for two of the MMDiT, 40.4 and 33.9 dB measured.
+Checked with tools/measure_prompts.py, 24 prompts, mean PSNR as measured and one standard deviation for all: on held-out
+prompts of the U-Net 5 % quantiles of 44.0, 36.4 and 32.4 dB are expected for three schedules and 43.7, 37.4 and 31.5 dB
+measured; on the profiled prompts 40.6 and 35.9 dB for two of the MMDiT, 40.4 and 33.9 dB measured.
 """
 
 from __future__ import annotations

@@ -10,6 +10,10 @@ latency, each group running the fastest schedule whose PSNR, at the group's wors
 quantile of the rest and the usual reserve off, reaches the target. Exact for a statistic by dynamic programming over
 (number of groups, last prompt), O(choices x prompts^2), since a group's latency depends on its two ends alone. For a
 target on the mean nothing is gained: the line is the same for all schedules, so every group would run the same one.
+
+On the bundled models little is gained: the first steps' discrepancy explains 0 to 11 % of the offsets' variance on the
+U-Net and 12 to 26 % on the MMDiT (tools/measure_prompts.py, 24 prompts), and at 35 dB for 95 % of the prompts the
+MMDiT's plan is 1.3 % faster on average than the fixed one; elsewhere the fixed plan is returned.
 """
 
 from __future__ import annotations
