@@ -17,19 +17,21 @@ from typing import TYPE_CHECKING, Any
 from .ir import HybridiffError, InputError, Plan, PlanMismatchError, Profile, TargetError, UsageError, WorkerError
 
 if TYPE_CHECKING:
-    from .api import profile
-    from .planner import frontier, plan
+    from .api import profile, profile_costs
+    from .planner import at_steps, explain, frontier, plan, plan_fleet, switched_plan
     from .quality.verify import verify
     from .runtime.parallelize import parallelize
 
 __all__ = [
     "HybridiffError", "InputError", "Plan", "PlanMismatchError", "Profile", "TargetError", "UsageError",
-    "WorkerError", "frontier", "parallelize", "plan", "profile", "verify",
+    "WorkerError", "at_steps", "explain", "frontier", "parallelize", "plan", "plan_fleet", "profile",
+    "profile_costs", "switched_plan", "verify",
 ]
 
 _HOMES = {
-    "frontier": "planner", "parallelize": "runtime.parallelize", "plan": "planner", "profile": "api",
-    "verify": "quality.verify",
+    "at_steps": "planner", "explain": "planner", "frontier": "planner", "plan_fleet": "planner",
+    "switched_plan": "planner", "parallelize": "runtime.parallelize", "plan": "planner", "profile": "api",
+    "profile_costs": "api", "verify": "quality.verify",
 }
 
 

@@ -1,7 +1,7 @@
 """Backends: stage graph -> executable. One file each; `compile_stage` picks by name.
 
 `BACKENDS` compile in the process that runs. The backends of `artifact.py` build files, which `hybridiff compile`
-gathers in a bundle; executables from a bundle are had by `Bundle.backend` in place of a name.
+gathers in a bundle; `bundle.open_graphs` loads executables from there.
 """
 
 from __future__ import annotations
@@ -28,16 +28,11 @@ def compile_stage(stage: StageGraph, backend: str) -> Callable[..., Sequence[Ten
 
     Args:
         stage: the graph.
-        backend: one of `BACKENDS`, or the `backend` of an opened bundle.
+        backend: one of `BACKENDS`.
 
     Raises:
         UsageError: unknown backend.
-        InputError: the bundle is damaged or was not made for this graph.
     """
-    if backend.startswith("bundle:"):
-        from ..bundle import load_executable
-
-        return load_executable(stage, backend)
     if backend not in BACKENDS:
         raise UsageError(f"unknown backend {backend!r}; allowed are {', '.join(BACKENDS)}")
     return BACKENDS[backend](stage)

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from ..capture import StageGraph
 from ..ir import InputError, PlanMismatchError, UsageError
 from .artifact import Executable, Job
-from .stage_io import TensorSpec, example_arguments, fit_arguments, stage_inputs, stage_weights
+from .stage_io import StageInterface, TensorSpec, example_arguments, fit_arguments, stage_weights
 from .target import Target, cpu_arch, cuda_arch
 
 __all__ = ["AotInductor", "AotStage"]
@@ -42,7 +42,7 @@ class AotStage:
     def __init__(self, package: Any, inputs: Sequence[TensorSpec], passed: Sequence[str] = ()) -> None:
         """
         Args:
-            package: what torch loaded; it must not be called by anyone else.
+            package: torch's loader of the package; it must not be run by anyone else.
             inputs: the arguments that the package was compiled for.
             passed: names of the weights that it takes as further arguments.
         """
@@ -88,7 +88,7 @@ class AotStage:
         if [tensor.data_ptr() for tensor in self._weights.values()] != self._addresses:
             self._bind_addresses()
         fitted = fit_arguments(arguments, self._inputs)
-        results: Sequence[Tensor] = self._package(*fitted, *self._small)
+        results: Sequence[Tensor] = self._package.boxed_run([*fitted, *self._small])
         return results
 
     def _bind_addresses(self) -> None:
@@ -103,7 +103,7 @@ class AotStage:
             )
         constants = {name: alias for name, alias in aliases.items() if name not in self._passed}
         if constants:
-            self._package.load_constants(constants, check_full_update=True, user_managed=True)
+            self._package.load_constants(constants, False, True, True)  # into the active set; all of them; by reference
         self._bound = list(aliases.values())
         self._small = [aliases[name] for name in self._passed]
         self._addresses = [tensor.data_ptr() for tensor in self._weights.values()]
@@ -163,33 +163,42 @@ class AotInductor:
             )
         return file
 
-    def load(self, file: Path, stage: StageGraph) -> Executable:
+    def load(self, file: Path, stage: StageInterface) -> Executable:
         """See `ArtifactBackend.load`."""
-        executable = AotStage(_open_package(file), stage_inputs(stage), tuple(_small_weights(stage)))
-        executable.bind(stage_weights(stage))
+        executable = AotStage(
+            _open_package(file, _device_index(stage.weights)), stage.inputs, tuple(_small_weights(stage.weights))
+        )
+        executable.bind(stage.weights)
         return executable
 
 
-def _open_package(file: Path) -> Any:
-    """Load a package by its C++ loader alone: torch's Python loaders also look for pickled parts."""
-    from torch.export.pt2_archive._package import AOTICompiledModel
+def _open_package(file: Path, device_index: int = -1) -> Any:
+    """Load a package by its C++ loader alone: torch's Python loaders also look for pickled parts.
 
+    Args:
+        file: the package.
+        device_index: of the GPU that it will run on; -1 on CPUs.
+    """
     # One runner without locks: what CUDA graph capture needs; a stage is never run from two threads.
-    loader = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", True, 1, -1)
-    return AOTICompiledModel(loader)
+    return torch._C._aoti.AOTIModelPackageLoader(str(file), "model", True, 1, device_index)
 
 
-def _small_weights(stage: StageGraph) -> dict[str, Tensor]:
+def _device_index(weights: Mapping[str, Tensor]) -> int:
+    """The GPU that holds the weights; a package would otherwise take the present one, which may be another."""
+    return next((t.device.index for t in weights.values() if t.is_cuda and t.device.index is not None), -1)
+
+
+def _small_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights that the compiler would write into the code."""
     return {
-        name: tensor for name, tensor in stage_weights(stage).items()
+        name: tensor for name, tensor in weights.items()
         if tensor.dim() <= 1 and tensor.numel() <= _INLINED_ELEMENTS
     }
 
 
 def _with_small_weights_as_inputs(stage: StageGraph) -> tuple[fx.GraphModule, dict[str, Tensor]]:
     """The stage's graph with its small weights as further arguments, and those weights."""
-    small = _small_weights(stage)
+    small = _small_weights(stage_weights(stage))
     if not small:
         return stage.module, small
     graph = fx.Graph()

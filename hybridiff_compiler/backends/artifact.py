@@ -12,6 +12,7 @@ from torch import Tensor
 from ..capture import StageGraph
 from ..ir import UsageError
 from .onnx_weights import OnnxWeights
+from .stage_io import StageInterface
 from .target import Target
 
 __all__ = ["ARTIFACT_BACKENDS", "ArtifactBackend", "Executable", "Job", "artifact_backend", "strongest_backend"]
@@ -60,8 +61,8 @@ class ArtifactBackend(Protocol):
     def build(self, job: Job) -> Path:
         """Write the artifact and return its path."""
 
-    def load(self, file: Path, stage: StageGraph) -> Executable:
-        """An executable from a file whose hash has been checked; `stage` is what it was built from."""
+    def load(self, file: Path, stage: StageInterface) -> Executable:
+        """An executable from a file whose hash has been checked; `stage` tells what it was built from."""
 
 
 def _all() -> dict[str, ArtifactBackend]:

@@ -18,7 +18,7 @@ from ..capture import StageGraph
 from ..ir import InputError
 from .artifact import Executable, Job
 from .onnx_weights import WEIGHTS_FILE, OnnxWeights
-from .stage_io import TensorSpec, example_arguments, stage_inputs, stage_outputs
+from .stage_io import StageInterface, TensorSpec, example_arguments, stage_inputs, stage_outputs
 from .target import ANY, Target
 
 __all__ = ["OPSET", "OnnxFiles", "export_onnx", "missing_exporter"]
@@ -51,11 +51,11 @@ class OnnxFiles:
         """See `ArtifactBackend.build`."""
         return export_onnx(job.stage, job.folder / f"{job.name}.onnx", job.weights)
 
-    def load(self, file: Path, stage: StageGraph) -> Executable:
+    def load(self, file: Path, stage: StageInterface) -> Executable:
         """See `ArtifactBackend.load`."""
         from .onnx_run import OnnxStage
 
-        return OnnxStage(file, stage_inputs(stage), stage_outputs(stage))
+        return OnnxStage(file, stage.inputs, stage.outputs)
 
 
 def missing_exporter(*further: str) -> str | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from torch.utils import _pytree as pytree
 from ..capture import StageGraph
 from ..ir import Data, InputError
 
-__all__ = ["ESTIMATE", "TensorSpec", "example_arguments", "fit_arguments", "stage_digest", "stage_inputs",
-           "stage_outputs", "stage_weights", "weights_digest"]
+__all__ = ["ESTIMATE", "StageInterface", "TensorSpec", "example_arguments", "fit_arguments", "stage_digest",
+           "stage_inputs", "stage_interface", "stage_outputs", "stage_weights", "tensor_spec", "weights_digest"]
 
 ESTIMATE = "estimate"
 """Name of the denoiser's estimate among the outputs of a stage."""
@@ -36,6 +37,23 @@ class TensorSpec(Data):
 
     def __str__(self) -> str:
         return f"{self.name}: {self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class StageInterface:
+    """What loading an artifact needs to know of the stage that it was built from: no graph."""
+
+    inputs: tuple[TensorSpec, ...]
+    """Arguments in order: leaf paths of the denoiser's inputs, then names of values."""
+    outputs: tuple[TensorSpec, ...]
+    """Results in order: the estimate if the stage has it, then names of values."""
+    weights: Mapping[str, Tensor]
+    """Every tensor that the stage reads, by qualified name, in the graph's order: the live ones."""
+
+
+def stage_interface(stage: StageGraph) -> StageInterface:
+    """The interface of a stage that is at hand as a graph."""
+    return StageInterface(stage_inputs(stage), stage_outputs(stage), stage_weights(stage))
 
 
 def stage_inputs(stage: StageGraph) -> tuple[TensorSpec, ...]:
@@ -92,16 +110,21 @@ def stage_digest(stage: StageGraph) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def tensor_spec(name: str, tensor: Tensor) -> TensorSpec:
+    """Name, shape and dtype of a tensor."""
+    return TensorSpec(name=name, shape=tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
+
+
 def stage_weights(stage: StageGraph) -> dict[str, Tensor]:
     """Every tensor that the stage graph holds, by qualified name: the live parameters themselves."""
     names = dict.fromkeys(str(node.target) for node in stage.module.graph.nodes if node.op == "get_attr")
     return {name: operator.attrgetter(name)(stage.module) for name in names}
 
 
-def weights_digest(stage: StageGraph) -> str:
-    """sha256 over the names and bytes of `stage_weights`."""
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """sha256 over the names and bytes of tensors such as `stage_weights`."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(stage_weights(stage).items()):
+    for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -112,8 +135,7 @@ def _placeholders(stage: StageGraph) -> list[fx.Node]:
 
 
 def _spec(name: str, node: fx.Node) -> TensorSpec:
-    value = node.meta["val"]
-    return TensorSpec(name=name, shape=tuple(value.shape), dtype=str(value.dtype).removeprefix("torch."))
+    return tensor_spec(name, node.meta["val"])
 
 
 def _value_text(value: Any) -> str:

@@ -10,23 +10,28 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..capture import StageGraph
 from ..ir import InputError, UsageError
 from .artifact import Executable, Job
 from .onnx_file import export_onnx, missing_exporter
 from .onnx_weights import OnnxWeights
-from .stage_io import TensorSpec, example_arguments, stage_inputs, stage_outputs
+from .stage_io import StageInterface, TensorSpec, example_arguments, stage_inputs, stage_outputs
 from .target import Target, cuda_arch
 
-__all__ = ["RTX_ARCHITECTURES", "TensorRt", "TensorRtRtx", "build_engine", "load_library"]
+__all__ = ["CURRENT", "RTX_ARCHITECTURES", "TensorRt", "TensorRtRtx", "build_engine", "load_library"]
 
 RTX_ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
-"""GPUs that TensorRT for RTX can build for. Hopper (sm_90) is not among them."""
+"""GPUs that TensorRT for RTX can build for wherever it runs. Hopper (sm_90) is not among them."""
+
+CURRENT = "CURRENT"
+"""Target that means the GPU of this machine; the library decides whether it can build for it."""
 
 _RTX_PACKAGES = ("tensorrt_rtx", "tensorrt_rtx_bindings")
 _PLAIN_PACKAGES = ("tensorrt",)
@@ -67,11 +72,13 @@ class _Engines:
             )
         return _write(job, engine)
 
-    def load(self, file: Path, stage: StageGraph) -> Executable:
+    def load(self, file: Path, stage: StageInterface) -> Executable:
         """See `ArtifactBackend.load`."""
         from .tensorrt_run import EngineStage
 
-        return EngineStage(self.library(), file.read_bytes(), stage_inputs(stage), stage_outputs(stage))
+        return EngineStage(
+            self.library(), file.read_bytes(), stage.inputs, stage.outputs, device=_gpu(stage.weights)
+        )
 
 
 class TensorRtRtx(_Engines):
@@ -84,16 +91,17 @@ class TensorRtRtx(_Engines):
     def target(self, device: str, dtype: str, arch: str | None) -> Target:
         """See `ArtifactBackend.target`."""
         _need_cuda_ranks(self.name, device)
-        if arch is None:
-            if not torch.cuda.is_available():
+        here = cuda_arch() if torch.cuda.is_available() else None
+        if arch is None or arch.upper() == CURRENT:
+            if here is None:
                 raise UsageError(
                     f"this machine has no GPU to build for; name one with --target, {', '.join(RTX_ARCHITECTURES)}"
                 )
-            arch = cuda_arch()
-        if arch not in RTX_ARCHITECTURES:
+            arch = here
+        if arch not in (*RTX_ARCHITECTURES, here):
             raise UsageError(
-                f"tensorrt-rtx builds for {', '.join(RTX_ARCHITECTURES)}, got {arch}; use --backend aotinductor on "
-                "other GPUs"
+                f"tensorrt-rtx builds for {', '.join(RTX_ARCHITECTURES)}, or by --target {CURRENT} for this machine's "
+                f"GPU, got {arch}; use --backend aotinductor on other GPUs"
             )
         return Target(device="cuda", arch=arch, dtype=dtype, versions=self.versions())
 
@@ -124,13 +132,14 @@ class TensorRt(_Engines):
             return super().build(job)
         return _write(job, _engine_by_torch_tensorrt(job.stage))
 
-    def load(self, file: Path, stage: StageGraph) -> Executable:
+    def load(self, file: Path, stage: StageInterface) -> Executable:
         """See `ArtifactBackend.load`."""
         from .tensorrt_run import EngineStage
 
         # torch-tensorrt names bindings its own way; their order is the stage's in either case.
         return EngineStage(
-            self.library(), file.read_bytes(), stage_inputs(stage), stage_outputs(stage), by_position=True
+            self.library(), file.read_bytes(), stage.inputs, stage.outputs, by_position=True,
+            device=_gpu(stage.weights),
         )
 
 
@@ -154,7 +163,8 @@ def build_engine(
     Args:
         trt: the package of TensorRT or of TensorRT for RTX.
         onnx_file: its external data lies beside it.
-        arch: e.g. `sm_89`; TensorRT itself takes the GPU at hand whatever this says.
+        arch: e.g. `sm_89`. One that TensorRT for RTX has no name for must be the GPU at hand; TensorRT itself takes
+            the GPU at hand whatever this says.
         inputs: what the engine's bindings must be.
         outputs: as `inputs`.
 
@@ -173,7 +183,7 @@ def build_engine(
     config = builder.create_builder_config()
     if hasattr(trt, "ComputeCapability"):
         config.num_compute_capabilities = 1
-        capability = getattr(trt.ComputeCapability, arch.replace("sm_", "SM"))
+        capability = getattr(trt.ComputeCapability, arch.replace("sm_", "SM"), trt.ComputeCapability.CURRENT)
         if not config.set_compute_capability(capability, 0):
             raise InputError(f"{trt.__name__} {trt.__version__} refuses to build for {arch}; choose another --target")
     engine = builder.build_serialized_network(network, config)
@@ -224,6 +234,11 @@ def _engine_by_torch_tensorrt(stage: StageGraph) -> bytes:
         program, arg_inputs=arguments, use_explicit_typing=True, require_full_compilation=True
     )
     return bytes(engine)
+
+
+def _gpu(weights: Mapping[str, Tensor]) -> torch.device:
+    """Where the denoiser is."""
+    return next((tensor.device for tensor in weights.values() if tensor.is_cuda), torch.device("cuda"))
 
 
 def _need_cuda_ranks(name: str, device: str) -> None:

@@ -7,6 +7,7 @@ tested against a stand-in for the library.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -38,6 +39,16 @@ class EngineStage:
             PlanMismatchError: the library does not accept the engine, for another GPU or version for example.
             InputError: the engine's bindings are not those of the stage.
         """
+        self._device = torch.device(device)
+        if self._device.type == "cuda" and self._device.index is None:
+            self._device = torch.device("cuda", torch.cuda.current_device())
+        with self._on_device():
+            self._load(trt, engine, tuple(inputs), tuple(outputs), by_position)
+
+    def _load(
+        self, trt: Any, engine: bytes, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...],
+        by_position: bool,
+    ) -> None:
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         self._engine = self._runtime.deserialize_cuda_engine(engine)
         if self._engine is None:
@@ -45,7 +56,7 @@ class EngineStage:
                 f"{trt.__name__} {trt.__version__} does not accept the engine on this GPU; run `hybridiff compile` "
                 "again for it"
             )
-        self._inputs, self._outputs = tuple(inputs), tuple(outputs)
+        self._inputs, self._outputs = inputs, outputs
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         takes = [name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         gives = [name for name in names if name not in takes]
@@ -56,7 +67,11 @@ class EngineStage:
                 raise InputError(f"binding {name} has shape {tuple(self._engine.get_tensor_shape(name))}, the stage "
                                  f"needs {spec}; compile the bundle again")
         self._context = self._engine.create_execution_context()
-        self._device = torch.device(device)
+        if self._context is None:
+            raise PlanMismatchError(
+                f"{trt.__name__} {trt.__version__} cannot run the engine on this GPU (out of memory, or a GPU that it "
+                "does not know); see its messages above"
+            )
         self._buffers = [self._buffer(spec) for spec in self._inputs]
         self._results = [self._buffer(spec) for spec in self._outputs]
         for name, buffer in zip(self._input_names + self._output_names, self._buffers + self._results):
@@ -71,12 +86,24 @@ class EngineStage:
         """
         for buffer, argument in zip(self._buffers, fit_arguments(arguments, self._inputs)):
             buffer.copy_(argument)
-        if not self._context.execute_async_v3(self._stream()):
+        stream = self._stream()
+        if self._is_capturing() and not self._context.is_stream_capturable(stream):
+            raise InputError("the engine cannot be recorded as a CUDA graph; use --backend aotinductor for this plan")
+        if not self._context.execute_async_v3(stream):
             raise InputError("the engine could not be launched; see the messages of TensorRT above")
         return self._results
 
     def _buffer(self, spec: TensorSpec) -> Tensor:
         return torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype), device=self._device)
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+
+    def _is_capturing(self) -> bool:
+        return (
+            self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            and hasattr(self._context, "is_stream_capturable")
+        )
 
     def _stream(self) -> int:
         return int(torch.cuda.current_stream(self._device).cuda_stream) if self._device.type == "cuda" else 0

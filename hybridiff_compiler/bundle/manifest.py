@@ -9,12 +9,13 @@ from pydantic import Field, model_validator
 from ..backends.artifact import ARTIFACT_BACKENDS
 from ..backends.stage_io import TensorSpec
 from ..backends.target import Target
-from ..ir import Data, Document, InputError
+from ..ir import Data, Document, InputError, Segment
 
-__all__ = ["MANIFEST_FILE", "PLAN_FILE", "Artifact", "FileRecord", "Manifest"]
+__all__ = ["GRAPHS_FILE", "MANIFEST_FILE", "PLAN_FILE", "Artifact", "FileRecord", "Manifest", "Sha256", "segment_name"]
 
 MANIFEST_FILE = "manifest.json"
 PLAN_FILE = "plan.json"
+GRAPHS_FILE = "graphs.json"
 
 FileName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,120}$")]
 """Of a file in the bundle's folder itself: no separators, so no path leads out."""
@@ -34,9 +35,9 @@ class Artifact(FileRecord):
     """One compiled stage graph."""
 
     graph: Sha256
-    """Digest of the graph (`stage_digest`): what the artifact is found by."""
+    """Digest of the graph (`stage_digest`)."""
     segments: tuple[str, ...] = Field(min_length=1)
-    """Where the plan runs it, as `partition[stages]` with `x2` when both branches are batched; for reading only."""
+    """Where the plan runs it: `segment_name` of every launch."""
     ranks: tuple[int, ...]
     """Ranks that load it."""
     branches: Literal[1, 2]
@@ -51,12 +52,14 @@ class Manifest(Document):
     """What a bundle holds."""
 
     kind: Literal["bundle"] = "bundle"
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     backend: str
     fingerprint: Sha256
     """Of the denoiser's layer graph; the plan's."""
     target: Target
     plan: FileRecord
+    graphs: FileRecord
+    """The captured denoiser without its operations (`Graphs`)."""
     artifacts: tuple[Artifact, ...] = Field(min_length=1)
     shared: tuple[FileRecord, ...] = ()
     """Files that artifacts refer to, such as weights."""
@@ -68,11 +71,14 @@ class Manifest(Document):
         names = [record.file for record in self.files]
         if len(set(names)) != len(names) or MANIFEST_FILE in names:
             raise ValueError("the same file is listed twice")
-        if self.plan.file != PLAN_FILE:
-            raise ValueError(f"the plan must be {PLAN_FILE}, got {self.plan.file}")
+        if (self.plan.file, self.graphs.file) != (PLAN_FILE, GRAPHS_FILE):
+            raise ValueError(f"got {self.plan.file} and {self.graphs.file} for {PLAN_FILE} and {GRAPHS_FILE}")
         graphs = [artifact.graph for artifact in self.artifacts]
         if len(set(graphs)) != len(graphs):
             raise ValueError("two artifacts are for the same graph")
+        launches = [name for artifact in self.artifacts for name in artifact.segments]
+        if len(set(launches)) != len(launches):
+            raise ValueError("two artifacts are for the same launch of the plan")
         if self.backend not in ARTIFACT_BACKENDS:
             raise ValueError(f"unknown backend {self.backend!r}; known are {', '.join(ARTIFACT_BACKENDS)}")
         return self
@@ -95,8 +101,14 @@ class Manifest(Document):
     @property
     def files(self) -> tuple[FileRecord, ...]:
         """Every file but the manifest itself."""
-        return (self.plan, *self.artifacts, *self.shared)
+        return (self.plan, self.graphs, *self.artifacts, *self.shared)
 
-    def artifact_for(self, graph: str) -> Artifact | None:
-        """The artifact for the graph with this digest."""
-        return next((artifact for artifact in self.artifacts if artifact.graph == graph), None)
+    def artifact_of(self, segment: str) -> Artifact | None:
+        """The artifact that runs the launch of this name."""
+        return next((artifact for artifact in self.artifacts if segment in artifact.segments), None)
+
+
+def segment_name(segment: Segment) -> str:
+    """`partition[stages]`, with `x2` when both branches are batched: equal for launches of the same graph."""
+    batched = f" x{len(segment.branches)}" if len(segment.branches) > 1 else ""
+    return f"{segment.partition}[{','.join(map(str, segment.stages))}]{batched}"

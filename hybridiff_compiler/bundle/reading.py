@@ -1,4 +1,4 @@
-"""Opening bundles: everything is checked before anything is loaded."""
+"""Opening bundles: everything is checked before anything is loaded (by `loading.py`)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from ..backends.artifact import Executable, artifact_backend
-from ..backends.stage_io import stage_digest, stage_inputs, stage_outputs, weights_digest
-from ..capture import StageGraph
-from ..ir import InputError, Plan, PlanMismatchError, UsageError
+from ..backends.artifact import artifact_backend
+from ..ir import InputError, Plan, PlanMismatchError, UsageError, lower
 from .files import check_file, read_text
-from .manifest import MANIFEST_FILE, Manifest
+from .graphs import Graphs
+from .manifest import MANIFEST_FILE, Manifest, segment_name
 
-__all__ = ["SCHEME", "Bundle", "load_executable", "resolve_plan"]
+__all__ = ["SCHEME", "Bundle", "check_once", "named_bundle", "resolve_plan"]
 
 SCHEME = "bundle:"
 """Start of the backend names that mean a bundle: `bundle:<seal>:<folder>`."""
@@ -43,6 +42,7 @@ class Bundle:
         plan = Plan.parse(read_text(source), source=str(source))
         if plan.model.fingerprint != manifest.fingerprint:
             raise InputError(f"{root}: plan and artifacts are for different denoisers; compile the bundle again")
+        _check_graphs(root, manifest, plan)
         return cls(root, manifest, plan)
 
     def check_machine(self) -> None:
@@ -55,7 +55,7 @@ class Bundle:
 
     @property
     def backend(self) -> str:
-        """A name for `compile_stage` that takes every executable from this bundle; it may be sent to other ranks."""
+        """A name of this bundle in place of a backend's; it may be sent to other ranks on this machine."""
         return f"{SCHEME}{self.manifest.seal}:{self.folder}"
 
 
@@ -86,35 +86,16 @@ def resolve_plan(
     return bundle.plan, bundle.backend
 
 
-def load_executable(stage: StageGraph, backend: str) -> Executable:
-    """The executable for `stage` out of the bundle that `backend` (from `Bundle.backend`) names.
+def named_bundle(backend: str) -> tuple[Path, Manifest]:
+    """Folder and manifest of the bundle that `backend` (from `Bundle.backend`) names.
 
     Raises:
-        InputError: the bundle changed meanwhile, or is damaged.
-        PlanMismatchError: it was made for another graph, other weights, another machine or other versions.
+        InputError: the bundle was replaced since it was opened, or its manifest is damaged.
+        PlanMismatchError: it was made for another machine or other versions.
     """
     seal, _, folder = backend.removeprefix(SCHEME).partition(":")
     root = Path(folder)
-    manifest = _sealed_manifest(root, seal)
-    digest = stage_digest(stage)
-    artifact = manifest.artifact_for(digest)
-    if artifact is None:
-        takes = ", ".join((*stage.inputs, *stage.values_in)[:4])
-        raise PlanMismatchError(
-            f"{root}: no artifact for the stage graph {digest[:12]} (inputs {takes}, ...); the bundle holds "
-            f"{len(manifest.artifacts)} for other graphs; compile it again for this denoiser and plan"
-        )
-    if (artifact.inputs, artifact.outputs) != (stage_inputs(stage), stage_outputs(stage)):
-        raise PlanMismatchError(f"{root}: {artifact.file} has other inputs and outputs than the plan; compile it again")
-    if artifact.weights is not None and artifact.weights != weights_digest(stage):
-        raise PlanMismatchError(
-            f"{root}: {artifact.file} was built with other weights than this denoiser's, which are part of "
-            f"{manifest.backend} artifacts; compile the bundle again, or use --backend aotinductor, which reads the "
-            "live weights"
-        )
-    for record in manifest.shared:
-        _check_once(root, record.file, seal)
-    return artifact_backend(manifest.backend).load(check_file(root, artifact), stage)
+    return root, _sealed_manifest(root, seal)
 
 
 def _read_manifest(root: Path) -> Manifest:
@@ -123,12 +104,34 @@ def _read_manifest(root: Path) -> Manifest:
     if not (root / MANIFEST_FILE).exists():
         raise InputError(f"{root}: holds no {MANIFEST_FILE}, so it is no bundle; make one with `hybridiff compile`")
     source = root / MANIFEST_FILE
-    manifest = Manifest.parse(read_text(source), source=str(source))
+    try:
+        manifest = Manifest.parse(read_text(source), source=str(source))
+    except InputError as error:
+        remedy = "damaged, or of another version of hybridiff: run `hybridiff compile` again"
+        raise InputError(f"{error}; it is {remedy}") from None
     try:
         manifest.check_seal()
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
     return manifest
+
+
+def _check_graphs(root: Path, manifest: Manifest, plan: Plan) -> None:
+    """Artifacts, plan and what is recorded of the captured denoiser must be about the same graphs."""
+    source = root / manifest.graphs.file
+    graphs = Graphs.parse(read_text(source), source=str(source))
+    if graphs.layers.fingerprint() != plan.model.fingerprint:
+        raise InputError(f"{source}: is of another denoiser than the plan; compile the bundle again")
+    if {record.graph for record in graphs.graphs} != {artifact.graph for artifact in manifest.artifacts}:
+        raise InputError(f"{source}: is about other graphs than the artifacts; compile the bundle again")
+    for artifact in manifest.artifacts:
+        record = graphs.record(artifact.graph)
+        if record is not None and record.leaves > len(artifact.inputs):
+            raise InputError(f"{source}: {artifact.file} has fewer inputs than recorded; compile the bundle again")
+    launches = {segment_name(segment) for pattern in plan.patterns for segment in lower(pattern)}
+    missing = sorted(launches - {name for artifact in manifest.artifacts for name in artifact.segments})
+    if missing:
+        raise InputError(f"{root}: no artifact for the plan's {', '.join(missing[:3])}; compile the bundle again")
 
 
 @lru_cache(maxsize=8)
@@ -141,7 +144,7 @@ def _sealed_manifest(root: Path, seal: str) -> Manifest:
 
 
 @lru_cache(maxsize=32)
-def _check_once(root: Path, name: str, seal: str) -> None:
+def check_once(root: Path, name: str, seal: str) -> None:
     """Check a shared file, which may be large, once per process."""
     check_file(root, next(record for record in _sealed_manifest(root, seal).shared if record.file == name))
 

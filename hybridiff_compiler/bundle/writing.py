@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..backends.artifact import Job, artifact_backend
+from ..backends.artifact import ArtifactBackend, Job, artifact_backend
 from ..backends.onnx_weights import OnnxWeights
-from ..backends.stage_io import stage_digest, stage_inputs, stage_outputs, weights_digest
-from ..capture import StageGraph
-from ..ir import WHOLE, InputError, Plan, Segment, lower
+from ..backends.stage_io import (
+    ESTIMATE,
+    stage_digest,
+    stage_inputs,
+    stage_outputs,
+    stage_weights,
+    tensor_spec,
+    weights_digest,
+)
+from ..backends.target import Target
+from ..capture import CapturedDenoiser, StageGraph
+from ..ir import WHOLE, InputError, Partition, Plan, lower
 from ..runtime.executor import capture_for
 from ..runtime.segments import SegmentRunner
+from .builders import BuildOrder, build_in_processes, default_jobs
 from .files import record_file
-from .manifest import MANIFEST_FILE, PLAN_FILE, Artifact, Manifest
+from .graphs import CONSTANTS_FILE, Constant, GraphRecord, Graphs
+from .identity import ModelIdentity
+from .manifest import GRAPHS_FILE, MANIFEST_FILE, PLAN_FILE, Artifact, Manifest, segment_name
 from .reading import Bundle
 
 __all__ = ["StageBuild", "check_destination", "distinct_stages", "write_bundle"]
@@ -41,7 +54,7 @@ class StageBuild:
 
 def write_bundle(
     plan: Plan, denoiser: nn.Module, folder: str | os.PathLike[str], *, backend: str, arch: str | None = None,
-    on_progress: Progress = lambda stage, done, total: None,
+    jobs: int | None = 1, on_progress: Progress = lambda stage, done, total: None,
 ) -> Bundle:
     """Compile all graphs of `plan` and write them with it; the folder appears when it is complete.
 
@@ -51,6 +64,8 @@ def write_bundle(
         folder: is made; a bundle that is there already is replaced.
         backend: one of `ARTIFACT_BACKENDS`.
         arch: GPU to build for, e.g. `sm_89`; default: this machine's.
+        jobs: processes that compile; None: as many as there are graphs, cores and memory for. Backends that put weights
+            into their artifacts use this process alone.
         on_progress: called with (stage, done, total).
 
     Raises:
@@ -64,27 +79,26 @@ def write_bundle(
     missing = builder.missing()
     if missing is not None:
         raise InputError(f"backend {backend} {missing}; or choose another --backend")
-    builds = distinct_stages(plan, denoiser)
+    captured = capture_for(plan, denoiser)
+    builds = distinct_stages(plan, denoiser, captured)
     work = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
     try:
-        weights = OnnxWeights(work)
+        files = _build(plan, denoiser, builder, target, work, builds, jobs, on_progress)
         artifacts = []
-        for index, build in enumerate(builds):
-            on_progress(f"compiling with {backend}", index, len(builds))
-            name = f"stage{index:02d}-{build.digest[:12]}"
-            file = builder.build(Job(stage=build.stage, folder=work, name=name, target=target, weights=weights))
+        for build, file in zip(builds, files, strict=True):
             artifacts.append(Artifact(
                 **dict(record_file(file)), graph=build.digest, segments=tuple(sorted(build.segments)),
                 ranks=tuple(sorted(build.ranks)), branches=2 if build.branches == 2 else 1,
-                weights=None if builder.binds_weights else weights_digest(build.stage),
+                weights=None if builder.binds_weights else weights_digest(stage_weights(build.stage)),
                 inputs=stage_inputs(build.stage), outputs=stage_outputs(build.stage),
             ))
-        on_progress(f"compiling with {backend}", len(builds), len(builds))
         plan.save(work / PLAN_FILE)
-        shared = tuple(record_file(work / name) for name in builder.shared if (work / name).exists())
+        _save_graphs(work, captured, denoiser, builds)
+        names = (*builder.shared, CONSTANTS_FILE)
+        shared = tuple(record_file(work / name) for name in names if (work / name).exists())
         Manifest.sealed(
             backend=backend, fingerprint=plan.model.fingerprint, target=target, plan=record_file(work / PLAN_FILE),
-            artifacts=tuple(artifacts), shared=shared,
+            graphs=record_file(work / GRAPHS_FILE), artifacts=tuple(artifacts), shared=shared,
         ).save(work / MANIFEST_FILE)
         _publish(work, destination)
     finally:
@@ -92,24 +106,57 @@ def write_bundle(
     return Bundle.open(destination)
 
 
-def distinct_stages(plan: Plan, denoiser: nn.Module) -> list[StageBuild]:
+def _build(
+    plan: Plan, denoiser: nn.Module, backend: ArtifactBackend, target: Target, work: Path,
+    builds: Sequence[StageBuild], jobs: int | None, on_progress: Progress,
+) -> list[Path]:
+    """The artifacts of `builds`, in their order."""
+    def report(done: int) -> None:
+        on_progress(f"compiling with {backend.name}", done, len(builds))
+
+    orders = [BuildOrder(build.digest, f"stage{i:02d}-{build.digest[:12]}") for i, build in enumerate(builds)]
+    report(0)
+    if backend.binds_weights:
+        jobs = default_jobs(len(builds), denoiser) if jobs is None else min(jobs, len(builds))
+        if jobs > 1:
+            return build_in_processes(
+                plan, denoiser, backend.name, target, work, orders, jobs=jobs, on_built=report
+            )
+    files: list[Path] = []
+    weights = OnnxWeights(work)
+    for build, order in zip(builds, orders):
+        job = Job(stage=build.stage, folder=work, name=order.name, target=target, weights=weights)
+        files.append(backend.build(job))
+        report(len(files))
+    return files
+
+
+def distinct_stages(
+    plan: Plan, denoiser: nn.Module, captured: CapturedDenoiser | None = None
+) -> list[StageBuild]:
     """Every stage graph that some rank of `plan` runs, each once.
+
+    Args:
+        plan: the tables.
+        denoiser: the network.
+        captured: from `capture_for(plan, denoiser)`, when the caller has it already.
 
     Raises:
         PlanMismatchError: the plan is for another denoiser.
     """
     runner = SegmentRunner(
-        denoiser, plan.model.signature, plan.patterns, plan.partitions, captured=capture_for(plan, denoiser)
+        denoiser, plan.model.signature, plan.patterns, plan.partitions,
+        captured=captured or capture_for(plan, denoiser),
     )
-    layers = {p.name: p.stages for p in plan.partitions} | {WHOLE: (runner.layers.names,)}
+    partitions = {p.name: p for p in plan.partitions} | {WHOLE: Partition.whole(runner.layers)}
     builds: dict[str, StageBuild] = {}
     for segment in dict.fromkeys(s for pattern in plan.patterns for s in lower(pattern)):
-        names = [name for stage in segment.stages for name in layers[segment.partition][stage]]
+        names = partitions[segment.partition].evaluated(segment.stages)
         taps = [name for branch, name in runner.values_written(segment) if branch == segment.branches[0]]
         stage = runner.captured(len(segment.branches)).extract(names, taps)
         digest = stage_digest(stage)
         build = builds.setdefault(digest, StageBuild(stage, digest, len(segment.branches)))
-        build.segments.add(_name(segment))
+        build.segments.add(segment_name(segment))
         build.ranks.add(segment.rank)
     return list(builds.values())
 
@@ -133,9 +180,38 @@ def check_destination(folder: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _name(segment: Segment) -> str:
-    batched = f" x{len(segment.branches)}" if len(segment.branches) > 1 else ""
-    return f"{segment.partition}[{','.join(map(str, segment.stages))}]{batched}"
+def _save_graphs(
+    work: Path, captured: CapturedDenoiser, denoiser: nn.Module, builds: Sequence[StageBuild]
+) -> None:
+    """Record what loading needs to know of the capture, and the constants that the denoiser does not hold."""
+    weights = {name: tensor for build in builds for name, tensor in stage_weights(build.stage).items()}
+    constants = {name: tensor for name, tensor in weights.items() if not _holds(denoiser, name)}
+    value = captured.graph_module.graph.output_node().all_input_nodes[0].meta["val"]
+    Graphs(
+        identity=ModelIdentity.of(denoiser), layers=captured.layers, estimate=tensor_spec(ESTIMATE, value),
+        graphs=tuple(
+            GraphRecord(
+                graph=build.digest, leaves=len(build.stage.inputs),
+                weights=tuple(tensor_spec(name, tensor) for name, tensor in stage_weights(build.stage).items()),
+            )
+            for build in builds
+        ),
+        constants=tuple(
+            Constant(name=name, follows=tensor.device.type != "cpu") for name, tensor in constants.items()
+        ),
+    ).save(work / GRAPHS_FILE)
+    if constants:
+        from safetensors.torch import save_file
+
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in constants.items()},
+                  work / CONSTANTS_FILE)
+
+
+def _holds(denoiser: nn.Module, name: str) -> bool:
+    try:
+        return isinstance(operator.attrgetter(name)(denoiser), Tensor)
+    except AttributeError:
+        return False
 
 
 def _publish(work: Path, destination: Path) -> None:

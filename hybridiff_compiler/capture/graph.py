@@ -18,6 +18,7 @@ from .export import export_call
 from .flops import count_flops
 from .grouping import Group, group_nodes, node_bytes
 from .stage import StageGraph, extract_stage
+from .traffic import count_traffic
 
 __all__ = ["CapturedDenoiser", "capture"]
 
@@ -98,6 +99,7 @@ def _layer_graph(
             kind=group.kind,
             parameter_bytes=_parameter_bytes(module, group),
             flops=sum(flops.get(node.name, 0.0) for node in group.nodes),
+            traffic_bytes=count_traffic(group.nodes, flops),
         )
         for group in groups
     )

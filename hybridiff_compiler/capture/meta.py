@@ -11,7 +11,7 @@ from torch import nn
 from ..ir.errors import InputError
 from .call import dtype_from_name
 
-__all__ = ["meta_denoiser"]
+__all__ = ["cast_checkpoint", "meta_denoiser"]
 
 
 def meta_denoiser(
@@ -48,10 +48,10 @@ def meta_denoiser(
         ) from error
     finally:
         torch.set_default_dtype(previous)
-    return _cast_checkpoint(denoiser.to("meta"), dtype).eval()
+    return cast_checkpoint(denoiser.to("meta"), dtype).eval()
 
 
-def _cast_checkpoint(denoiser: nn.Module, dtype: torch.dtype) -> nn.Module:
+def cast_checkpoint(denoiser: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Cast what a checkpoint holds (parameters and persistent buffers) as loading it would."""
     kept = getattr(denoiser, "_keep_in_fp32_modules", None) or []
     persistent = set(denoiser.state_dict(keep_vars=True))

@@ -17,7 +17,10 @@ def command(
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; an older bundle is replaced.")],
     backend: Annotated[str | None, typer.Option(
         help="aotinductor, onnx, tensorrt or tensorrt-rtx [default: the strongest one here].")] = None,
-    target: Annotated[str | None, typer.Option(help="GPU to build for, e.g. sm_89 [default: this machine's].")] = None,
+    target: Annotated[str | None, typer.Option(
+        help="GPU to build for: sm_89 and the like, or CURRENT [default: this machine's].")] = None,
+    jobs: Annotated[int | None, typer.Option(
+        "--jobs", "-j", min=1, help="Processes that compile [default: as cores and memory allow].")] = None,
     json_mode: Annotated[bool, typer.Option("--json", help="Print the manifest as one JSON object.")] = False,
 ) -> None:
     """Compile every stage graph of PLAN for MODEL, so that running it compiles nothing."""
@@ -45,7 +48,7 @@ def command(
         _, denoiser = find_denoiser(loaded.pipe)
         with out.progress() as on_progress:
             bundle = write_bundle(
-                loaded_plan, denoiser, output, backend=chosen, arch=target, on_progress=on_progress
+                loaded_plan, denoiser, output, backend=chosen, arch=target, jobs=jobs, on_progress=on_progress
             )
         out.result(
             *describe_bundle(bundle), f"\nwrote {output}", machine=lambda: bundle.manifest.model_dump(mode="json")

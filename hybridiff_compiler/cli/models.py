@@ -88,7 +88,8 @@ def _load_bundled(model: str, device: str, dtype: str | None) -> LoadedModel:
     return LoadedModel(
         name=model, pipe=_on_device(pipe, device), num_inference_steps=options.pop("num_inference_steps"),
         guidance_scale=options.pop("guidance_scale"), options=options,
-        profiling_prompts=reference_models.PROFILING_PROMPTS, held_out_prompts=reference_models.HELD_OUT_PROMPTS,
+        profiling_prompts=2 * reference_models.PROFILING_PROMPTS,  # each from two seeds
+        held_out_prompts=reference_models.HELD_OUT_PROMPTS,
     )
 
 

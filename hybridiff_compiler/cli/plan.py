@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,69 +10,143 @@ import typer
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ..planner import FrontierPoint
+    from ..ir import Plan, Profile
+    from ..planner import Fleet, FrontierPoint
+    from .output import Output
 
 __all__ = ["command"]
-
-_LISTED = 24
-"""Points of the frontier that the table shows; `--json` has them all."""
 
 
 def command(
     profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile that `hybridiff profile` wrote.")],
-    gpus: Annotated[int, typer.Option(min=1, help="How many devices.")] = 2,
+    gpus: Annotated[int, typer.Option(min=1, help="How many devices; with --objective, for all images together.")] = 2,
     min_psnr: Annotated[float | None, typer.Option(help="Fastest schedule of at least so many dB.")] = None,
     speedup: Annotated[float | None, typer.Option(help="Best schedule that is so much faster than one device.")] = None,
+    max_latency_ms: Annotated[float | None, typer.Option(help="Best schedule whose loop takes no longer.")] = None,
     policy: Annotated[str | None, typer.Option(help="exact, or paper (the published adaptive rule).")] = None,
+    quantile: Annotated[float | None, typer.Option(
+        help="Share of prompts that may fall below --min-psnr, e.g. 0.05 [default: their mean must not].")] = None,
+    adaptive: Annotated[Path | None, typer.Option(
+        metavar="SAMPLES", help="Pick a schedule per prompt; measured prompts from tools/measure_prompts.py.")] = None,
+    steps: Annotated[int | None, typer.Option(min=3, help="Denoising steps [default: the profile's].")] = None,
+    strength: Annotated[float, typer.Option(help="Of image-to-image: only the last part of the steps runs.")] = 1.0,
+    costs: Annotated[str, typer.Option(help="measured, or work: denoiser evaluations, whatever the hardware.")] =
+    "measured",
     without: Annotated[list[str] | None, typer.Option(help="A family of patterns not to use, e.g. reuse.")] = None,
     pareto: Annotated[bool, typer.Option("--pareto", help="Print the whole frontier instead of one plan.")] = False,
+    png: Annotated[Path | None, typer.Option(help="With --pareto: also plot it to this PNG file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="With --pareto: also write this HTML page.")] = None,
+    objective: Annotated[str | None, typer.Option(
+        help="throughput or latency: also choose how many GPUs one image gets, and how many images run at once.")]
+    = None,
+    arrival_rate: Annotated[float | None, typer.Option(help="Images per second that arrive at random.")] = None,
+    percentile: Annotated[float, typer.Option(help="Of the response time that --arrival-rate is judged by.")] = 95.0,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The plan to write (JSON).")] = None,
-    json_mode: Annotated[bool, typer.Option("--json", help="Print plan or frontier as one JSON object.")] = False,
+    json_mode: Annotated[bool, typer.Option("--json", help="Print plan, frontier or fleet as one JSON object.")] =
+    False,
 ) -> None:
     """Solve PROFILE for the best schedule under a quality or latency target."""
     from ..ir import Profile, UsageError
-    from ..planner import frontier
-    from ..planner import plan as solve
-    from ..report import describe_plan
     from .files import check_writable
     from .output import opened
 
-    if pareto and (output is not None or (min_psnr, speedup, policy) != (None, None, None)):
+    target: dict[str, Any] = {
+        "min_psnr": min_psnr, "speedup": speedup, "max_latency_ms": max_latency_ms, "policy": policy,
+    }
+    scope: dict[str, Any] = {
+        "quantile": quantile, "num_inference_steps": steps, "strength": strength, "costs": costs,
+        "without": without or (),
+    }
+    if pareto and (output is not None or any(value is not None for value in target.values())):
         raise UsageError("--pareto prints the whole frontier; give it without a target and without -o")
-    check_writable(output)
+    if not pareto and (png is not None or html is not None):
+        raise UsageError("--png and --html plot the frontier; give them together with --pareto")
+    in_fleet = objective is not None or arrival_rate is not None
+    if in_fleet + pareto + (adaptive is not None) > 1:
+        raise UsageError("--pareto, --adaptive and --objective (or --arrival-rate) ask different things; give one")
+    for file in (output, png, html):
+        check_writable(file)
     with opened(json_mode) as out:
         loaded = Profile.load(profile)
         if pareto:
-            points = frontier(loaded, gpus=gpus, without=without or ())
-            out.result(*_frontier_table(points), machine=lambda: {"schema": 1, "frontier": [_point(p) for p in points]})
-            return
-        solved = solve(
-            loaded, gpus=gpus, min_psnr=min_psnr, speedup=speedup, policy=policy, without=without or (),
+            _pareto(out, loaded, gpus, scope, png, html)
+        elif in_fleet:
+            from ..planner import plan_fleet
+
+            with out.progress() as on_progress:
+                fleet = plan_fleet(
+                    loaded, gpus=gpus, objective=objective or "latency", arrival_rate=arrival_rate,
+                    percentile=percentile, on_progress=on_progress, **target, **scope,
+                )
+            _show(out, fleet.best.plan, output, fleet)
+        elif adaptive is not None:
+            from ..planner import PromptSamples, switched_plan
+
+            solved = switched_plan(loaded, PromptSamples.load(adaptive), gpus=gpus, **target, **scope)
+            _show(out, solved, output)
+        else:
+            from ..planner import plan as solve
+
+            _show(out, solve(loaded, gpus=gpus, **target, **scope), output)
+
+
+def _show(out: Output, solved: Plan, output: Path | None, fleet: Fleet | None = None) -> None:
+    from ..report import describe_fleet, describe_plan
+
+    written: list[RenderableType] = [] if output is None else [f"\nwrote {solved.save(output)}"]
+    above = [] if fleet is None else describe_fleet(fleet)
+    out.result(
+        *above, *describe_plan(solved), *written,
+        machine=lambda: solved.model_dump(mode="json") if fleet is None else _fleet(fleet),
+    )
+
+
+def _pareto(
+    out: Output, loaded: Profile, gpus: int, scope: dict[str, Any], png: Path | None, html: Path | None
+) -> None:
+    from ..planner import frontier
+    from ..report import describe_frontier
+
+    in_work = scope["costs"] == "work"
+    points = frontier(loaded, gpus=gpus, **scope)
+    written: list[RenderableType] = []
+    if png is not None or html is not None:
+        from ..report.figures import frontier_figure, save_html, save_png
+
+        title = f"{loaded.model.name} on {gpus} rank{'s' * (gpus > 1)}, {len(points[0].steps)} steps"
+        figure = frontier_figure(
+            points, title=title, unit="evaluations" if in_work else "s", quantile=scope["quantile"]
         )
-        written: list[RenderableType] = [] if output is None else [f"\nwrote {solved.save(output)}"]
-        out.result(*describe_plan(solved), *written, machine=lambda: solved.model_dump(mode="json"))
+        if png is not None:
+            written.append(f"wrote {save_png(figure, png)}")
+        if html is not None:
+            written.append(f"wrote {save_html([figure], html, title=title)}")
+    out.result(
+        *describe_frontier(points, in_work=in_work), *written,
+        machine=lambda: {"schema": 1, "frontier": [_point(p) for p in points]},
+    )
 
 
 def _point(point: FrontierPoint) -> dict[str, Any]:
     from ..ir import format_steps
 
     return {
-        "speedup": point.speedup, "ideal_speedup": point.ideal_speedup, "latency_s": point.latency_s,
-        "psnr_db": point.psnr_db, "schedule": format_steps(point.steps),
+        "speedup": point.speedup, "ideal_speedup": point.ideal_speedup, "work_speedup": point.work_speedup,
+        "latency_s": point.latency_s, "psnr_db": point.psnr_db, "psnr_quantile_db": point.psnr_quantile_db,
+        "schedule": format_steps(point.steps),
     }
 
 
-def _frontier_table(points: Sequence[FrontierPoint]) -> list[RenderableType]:
-    from ..report import legend, letters, plain_table, strip
-
-    alphabet = letters(name for point in points for name in point.steps)
-    title = f"Pareto frontier: {len(points)} schedules"
-    table = plain_table(title, "predicted", "ideal", "latency s", "PSNR dB", left=0)
-    table.add_column("schedule (one letter per step)", overflow="fold")
-    shown = sorted({round(i * (len(points) - 1) / (_LISTED - 1)) for i in range(_LISTED)}) if points else []
-    for point in (points[index] for index in shown):
-        table.add_row(
-            f"{point.speedup:.2f}x", f"{point.ideal_speedup:.2f}x", f"{point.latency_s:.3f}",
-            "exact" if point.psnr_db is None else f"{point.psnr_db:.1f}", strip(point.steps, alphabet),
-        )
-    return [table, legend(alphabet)]
+def _fleet(fleet: Fleet) -> dict[str, Any]:
+    return {
+        "schema": 1, "gpus": fleet.gpus, "objective": fleet.objective, "arrival_rate": fleet.arrival_rate,
+        "percentile": fleet.percentile, "best": fleet.options.index(fleet.best),
+        "options": [
+            {
+                "gpus_per_image": option.gpus_per_image, "images_at_once": option.images_at_once,
+                "latency_s": option.latency_s, "images_per_s": option.images_per_s, "utilisation": option.utilisation,
+                "response_s": option.response_s, "plan": option.plan.model_dump(mode="json"),
+            }
+            for option in fleet.options
+        ],
+    }

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from ..ir import Profile
+    from .output import Output
 
 __all__ = ["command"]
 
@@ -18,7 +22,8 @@ def command(
     prompts: Annotated[Path | None, typer.Option(help="A text file of prompts, one a line.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first so many prompts.")] = None,
     steps: Annotated[int | None, typer.Option(min=3, help="Denoising steps [default: 50].")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance scale [default: 5].")] = None,
+    guidance_scale: Annotated[list[float] | None, typer.Option(
+        help="Classifier-free guidance scale [default: 5]; repeat to record the discrepancy at more scales.")] = None,
     height: Annotated[int | None, typer.Option(min=8, help="Image height [default: the model's].")] = None,
     width: Annotated[int | None, typer.Option(min=8, help="Image width [default: the model's].")] = None,
     seed: Annotated[int, typer.Option(help="Prompt k starts from seed + k.")] = 0,
@@ -27,40 +32,95 @@ def command(
     dtype: Annotated[str | None, typer.Option(help="torch dtype [default: float32 on cpu, float16 on cuda].")] = None,
     errors_from: Annotated[Path | None, typer.Option(
         help="Take the errors over from this profile of the same generations; measure only costs here.")] = None,
+    costs_only: Annotated[bool, typer.Option(
+        "--costs-only", help="Only times: layers, stages and links; no images, no errors.")] = False,
+    random_weights: Annotated[bool, typer.Option(
+        "--random-weights", help="MODEL names an architecture (sdxl, sd3, pixart, flux, wan); with --costs-only.")
+    ] = False,
+    gpus: Annotated[int | None, typer.Option(
+        min=1, help="Measure links between so many ranks [default: all GPUs; 2 processes on cpu].")] = None,
+    backend: Annotated[str | None, typer.Option(
+        help="What will run the stages: eager or inductor [default: inductor on cuda].")] = None,
+    jobs: Annotated[int | None, typer.Option(
+        min=0, help="Processes that compile ahead, for random weights [default: 2 on cuda where they fit].")] = None,
+    estimate: Annotated[str | None, typer.Option(
+        help="Estimate the times on another kind of GPU instead: h100, a100, l40s, rtx4090, rtx3090, ...")] = None,
+    fit: Annotated[Path | None, typer.Option(
+        help="With --estimate: take efficiencies from this measured profile.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few prompts and probes: rough curves in seconds.")] = False,
+    full: Annotated[bool, typer.Option(
+        "--full", help="Errors of every step on every prompt, nothing interpolated: several times the work.")] = False,
+    restart: Annotated[bool, typer.Option(
+        "--restart", help="Begin anew, whatever an unfinished run has left beside the output.")] = False,
     json_mode: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure MODEL once: layer and stage times, guidance curve, image error of every cheap way to run a step."""
+    """Measure MODEL once: layer and stage times, guidance curve, image error of every cheap way to run a step.
+
+    What is finished is kept in OUTPUT.partial; the same command continues a stopped run from there.
+    """
     from ..api import profile as measure
-    from ..ir import Profile
-    from ..report import describe_profile
+    from ..ir import Profile, UsageError
     from .calls import call_options, check_device
     from .files import check_writable
     from .models import load_model
     from .output import opened
+    from .profile_costs import CostOptions, estimate_costs, measure_costs_only, with_measured_links
     from .prompts import choose_prompts
 
     check_device(device)
     check_writable(output)
+    if random_weights and not costs_only and estimate is None:
+        raise UsageError("random weights make no images to judge errors by; add --costs-only")
+    if fit is not None and estimate is None:
+        raise UsageError("--fit says what an estimate is fitted on; add --estimate KIND, or drop it")
     known = Profile.load(errors_from) if errors_from is not None else None
+    options = CostOptions(
+        device=device, dtype=dtype, backend=backend, threads=threads if device == "cpu" else None, gpus=gpus,
+        steps=steps, guidance_scale=guidance_scale[0] if guidance_scale else None, seed=seed, quick=quick,
+        random_weights=random_weights, jobs=jobs,
+    )
+    partial = output.with_name(f"{output.name}.partial")
+    if restart:
+        partial.unlink(missing_ok=True)
     with opened(json_mode) as out:
+        if estimate is not None:
+            fitted = None if fit is None else Profile.load(fit)
+            estimated = estimate_costs(
+                model, estimate, fitted, options, lambda loaded: call_options(loaded, height, width)
+            )
+            _finish(out, estimated, output)
+            return
+        if costs_only:
+            with out.progress() as on_progress:
+                measured = measure_costs_only(
+                    model, options, lambda loaded: call_options(loaded, height, width), on_progress
+                )
+            _finish(out, measured, output)
+            return
         loaded = load_model(model, device=device, dtype=dtype)
         chosen = choose_prompts(prompt, prompts, default=loaded.profiling_prompts, limit=limit)
         with out.progress() as on_progress:
             measured = measure(
                 loaded.pipe, prompts=chosen, name=loaded.name,
                 num_inference_steps=steps or loaded.num_inference_steps,
-                guidance_scale=loaded.guidance_scale if guidance_scale is None else guidance_scale,
-                seed=seed, threads=threads if device == "cpu" else None, quick=quick, errors_from=known,
-                on_progress=on_progress,
+                guidance_scale=guidance_scale or loaded.guidance_scale,
+                seed=seed, threads=threads if device == "cpu" else None, quick=quick, full=full, errors_from=known,
+                backend=backend, partial=partial, on_progress=on_progress,
                 **call_options(loaded, height, width),
             )
-        measured.save(output)
-        out.result(
-            *describe_profile(measured), f"\nwrote {output}",
-            machine=lambda: {
-                "schema": 1, "profile": str(output), "sha256": measured.digest(), "model": measured.model.name,
-                "device": measured.provenance.device, "steps": measured.num_steps, "prompts": len(chosen),
-                "layers": len(measured.graph.layers), "patterns": [pattern.name for pattern in measured.patterns],
-            },
-        )
+            measured = with_measured_links(measured, options, on_progress)
+        _finish(out, measured, output)
+
+
+def _finish(out: Output, measured: Profile, output: Path) -> None:
+    from ..report import describe_profile
+
+    measured.save(output)
+    out.result(
+        *describe_profile(measured), f"\nwrote {output}",
+        machine=lambda: {
+            "schema": 1, "profile": str(output), "sha256": measured.digest(), "model": measured.model.name,
+            "device": measured.provenance.device, "steps": measured.num_steps, "prompts": measured.provenance.prompts,
+            "layers": len(measured.graph.layers), "patterns": [pattern.name for pattern in measured.patterns],
+        },
+    )

@@ -12,13 +12,20 @@ __all__ = ["command"]
 
 def command(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A profile, a plan, a bundle, or the JSON of a demo.")],
+    other: Annotated[Path | None, typer.Argument(
+        metavar="OTHER", help="With two profiles: print what changed from FILE to OTHER.")] = None,
+    profile: Annotated[Path | None, typer.Option(
+        help="With a plan: the profile that it was made from, to explain the choice.")] = None,
     json_mode: Annotated[bool, typer.Option("--json", help="Print the validated document as one JSON object.")] = False,
 ) -> None:
     """Print FILE as tables, text plots, pattern tables and a timeline."""
     from .output import opened
 
     with opened(json_mode) as out:
-        human, machine = _read(file)
+        human, machine = _read(file) if other is None else _compared(file, other)
+        if profile is not None:
+            more, machine = _explained(file, profile, machine)
+            human += more
         out.result(*human, machine=lambda: machine)
 
 
@@ -50,6 +57,37 @@ def _read(file: Path) -> tuple[list[Any], Any]:
         tables = [results_table(f"{name} on {results.device}", rows) for name, rows in results.models.items()]
         return list(tables), results.to_json()
     raise InputError(f"{file}: is no profile, plan or demo result; give a JSON file that hybridiff wrote")
+
+
+def _compared(file: Path, other: Path) -> tuple[list[Any], Any]:
+    """What changed between two profiles.
+
+    Raises:
+        InputError: one of the files is no profile.
+    """
+    from ..ir import Profile
+    from ..report import describe_diff, diff_profiles
+
+    diff = diff_profiles(Profile.load(file), Profile.load(other), (str(file), str(other)))
+    return describe_diff(diff), diff.to_json()
+
+
+def _explained(file: Path, profile: Path, machine: Any) -> tuple[list[Any], Any]:
+    """Why the plan in `file` is as it is, for people, and with the plan for machines.
+
+    Raises:
+        UsageError: the file holds no plan.
+    """
+    from dataclasses import asdict
+
+    from ..ir import Plan, Profile, UsageError
+    from ..planner import explain
+    from ..report import describe_explanation
+
+    if not isinstance(machine, dict) or machine.get("kind") != "plan":
+        raise UsageError(f"{file}: holds no plan; --profile explains plans")
+    found = explain(Profile.load(profile), Plan.load(file))
+    return describe_explanation(found), {"plan": machine, "explanation": asdict(found)}
 
 
 def _payload(file: Path) -> dict[str, Any]:

@@ -82,6 +82,9 @@ def _describe(report: Verification) -> list[RenderableType]:
     lines: list[RenderableType] = [table]
     if report.predicted_psnr_db is not None:
         lines.append(f"predicted PSNR {report.predicted_psnr_db:.1f} dB")
+    if report.psnr_quantile_db is not None and report.predicted_psnr_quantile_db is not None:
+        lines.append(f"lowest prompts (the plan's quantile) {report.psnr_quantile_db:.1f} dB, predicted "
+                     f"{report.predicted_psnr_quantile_db:.1f} dB")
     if report.simulator_max_abs_diff is not None:
         lines.append(f"largest difference between ranks and simulator: {report.simulator_max_abs_diff:.1e}")
     if report.split_batch_max_abs_diff is not None:

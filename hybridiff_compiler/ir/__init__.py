@@ -10,12 +10,13 @@ from .errors import HybridiffError, InputError, PlanMismatchError, TargetError, 
 from .layers import Layer, LayerGraph, Value
 from .partition import WHOLE, Partition
 from .pattern import BRANCHES, Branch, Combine, Pattern, Read, Unit
-from .plan import Plan, PlanProvenance, Predictions, RankSpec
+from .plan import Certificate, Plan, PlanProvenance, Predictions, RankSpec
 from .profile import (
     Broadcast,
     Compounding,
     Costs,
     ErrorCurve,
+    ErrorSampling,
     Guidance,
     LayerTiming,
     Link,
@@ -23,17 +24,28 @@ from .profile import (
     PatternErrors,
     Profile,
     Provenance,
+    Redundancy,
+    ScheduleCheck,
     StageCost,
 )
-from .schedule import AdaptiveSchedule, FixedSchedule, Schedule, format_steps, parse_steps
+from .schedule import (
+    AdaptiveSchedule,
+    FixedSchedule,
+    Schedule,
+    Statistic,
+    SwitchedSchedule,
+    format_steps,
+    parse_steps,
+)
 from .segment import Segment, lower
 from .signature import CallSignature, LeafSpec
 
 __all__ = [
     "BRANCHES", "NEVER", "WHOLE", "AdaptiveSchedule", "AgeModel", "Ages", "Branch", "Broadcast", "CallSignature",
-    "Combine", "Compounding", "Costs", "Data", "Document", "ErrorCurve", "FixedSchedule", "Guidance", "HybridiffError",
-    "InputError", "Layer", "LayerGraph", "LayerTiming", "LeafSpec", "Link", "ModelInfo", "Partition", "Pattern",
-    "PatternErrors", "Plan", "PlanMismatchError", "PlanProvenance", "Predictions", "Profile", "Provenance", "RankSpec",
-    "Read", "Schedule", "Segment", "StageCost", "TargetError", "Unit", "UsageError", "Value", "WorkerError",
+    "Certificate", "Combine", "Compounding", "Costs", "Data", "Document", "ErrorCurve", "ErrorSampling",
+    "FixedSchedule", "Guidance", "HybridiffError", "InputError", "Layer", "LayerGraph", "LayerTiming", "LeafSpec",
+    "Link", "ModelInfo", "Partition", "Pattern", "PatternErrors", "Plan", "PlanMismatchError", "PlanProvenance",
+    "Predictions", "Profile", "Provenance", "RankSpec", "Read", "Redundancy", "Schedule", "ScheduleCheck", "Segment",
+    "StageCost", "Statistic", "SwitchedSchedule", "TargetError", "Unit", "UsageError", "Value", "WorkerError",
     "check_reads", "dry_run", "format_steps", "lower", "parse_steps", "write_text_atomically",
 ]

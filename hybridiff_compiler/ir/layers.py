@@ -30,6 +30,9 @@ class Layer(Data):
     """Bytes of the parameters and buffers read by this layer (shared ones count in each reader)."""
     flops: float = Field(default=0.0, ge=0)
     """Multiply-adds counted as two, at the captured batch size."""
+    traffic_bytes: int = Field(default=0, ge=0)
+    """Bytes read and written at the captured batch size, parameters included, with elementwise operations fused
+    between matrix products; 0 in graphs from before this was counted."""
 
 
 class Value(Data):

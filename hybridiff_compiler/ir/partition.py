@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from pydantic import field_validator, model_validator
 
 from .data import Data
@@ -23,6 +25,9 @@ class Partition(Data):
 
     name: str
     stages: tuple[tuple[str, ...], ...]
+    recomputed: tuple[tuple[str, ...], ...] = ()
+    """Per stage, layers of other stages that it evaluates itself instead of receiving their values (rotary tables,
+    modulation embeddings: cheaper to compute than to send, and never stale). Empty: none anywhere."""
 
     @field_validator("stages")
     @classmethod
@@ -37,6 +42,18 @@ class Partition(Data):
         if len(names) != len(set(names)):
             twice = sorted({name for name in names if names.count(name) > 1})
             raise ValueError(f"partition {self.name!r}: layers {twice[:3]} are in more than one stage")
+        if self.recomputed and len(self.recomputed) != len(self.stages):
+            raise ValueError(
+                f"partition {self.name!r} lists recomputed layers of {len(self.recomputed)} stages, it has "
+                f"{len(self.stages)}; give one list per stage, or none at all"
+            )
+        for index, (own, extra) in enumerate(zip(self.stages, self.recomputed)):
+            wrong = sorted({*own}.intersection(extra) | {*extra}.difference(names))
+            if wrong or len({*extra}) != len(extra):
+                raise ValueError(
+                    f"partition {self.name!r}: stage {index} can recompute layers of other stages, each once; got "
+                    f"{wrong[:3] or list(extra)[:3]}"
+                )
         return self
 
     @classmethod
@@ -53,12 +70,26 @@ class Partition(Data):
                 f"partition {self.name!r} does not fit this denoiser: {len(theirs - mine)} layers missing {missing}, "
                 f"{len(mine - theirs)} unknown {unknown}; make the plan again from a profile of this model"
             )
+        if any(graph.output in extra for extra in self.recomputed):
+            raise PlanMismatchError(f"partition {self.name!r}: output layer {graph.output!r} cannot be recomputed")
         if graph.output not in self.stages[-1]:
             raise PlanMismatchError(f"partition {self.name!r}: output layer {graph.output!r} must be in the last stage")
 
+    def evaluated(self, stages: Iterable[int]) -> tuple[str, ...]:
+        """The layers that run when `stages` are evaluated as one graph: their own, then those they recompute."""
+        chosen = tuple(stages)
+        own = [name for stage in chosen for name in self.stages[stage]]
+        extra = [name for stage in chosen if self.recomputed for name in self.recomputed[stage]]
+        return tuple(dict.fromkeys(own + extra))
+
+    def received(self, graph: LayerGraph, source: int, targets: Iterable[int]) -> tuple[Value, ...]:
+        """The values of stage `source` that `targets`, evaluated as one graph, take from it."""
+        inside = self.evaluated(targets)
+        return graph.crossing(set(self.stages[source]).difference(inside), inside)
+
     def cut(self, graph: LayerGraph, source: int, target: int) -> tuple[Value, ...]:
         """The values that stage `target` reads from stage `source`."""
-        return graph.crossing(self.stages[source], self.stages[target])
+        return self.received(graph, source, (target,))
 
     def is_nested(self, graph: LayerGraph) -> bool:
         """Whether some stage both feeds and reads a later one (the split is cyclic between stages)."""

@@ -48,7 +48,7 @@ class Combine(StrEnum):
     DELTA = "delta"
     """One estimate was computed; the other follows from the last known difference between the branches."""
     LAST = "last"
-    """Nothing was computed; the last pair stands in."""
+    """Nothing was computed; the last pair that is not mirrored stands in."""
 
 
 class Read(Data):
@@ -111,12 +111,13 @@ class Pattern(Data):
                     )
             if [read.stage for read in unit.reads] != sorted({read.stage for read in unit.reads}):
                 raise ValueError(f"pattern {self.name!r}: unit {unit} must list each read stage once, in order")
-            if any(read == Read(stage=read.stage, branch=unit.branch, stale=False) for read in unit.reads):
+            if any(not read.stale and read.branch == unit.branch for read in unit.reads):
                 raise ValueError(f"pattern {self.name!r}: unit {unit} lists a default (fresh, same branch) read")
         for unit in self.units:
-            for stage in range(self.stages):
+            stale = {read.stage for read in unit.reads if read.stale}
+            for stage in set(range(self.stages)) - stale - {unit.stage}:
                 read = unit.read(stage)
-                if stage != unit.stage and not read.stale and (read.branch, stage) not in seen:
+                if (read.branch, stage) not in seen:
                     raise ValueError(
                         f"pattern {self.name!r}: unit {unit} reads {read} fresh, which no unit computes; "
                         "compute it or mark the read stale with '~'"

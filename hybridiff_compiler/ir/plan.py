@@ -13,16 +13,20 @@ from .errors import InputError
 from .partition import WHOLE, Partition
 from .pattern import Pattern
 from .profile import ModelInfo
-from .schedule import FixedSchedule, Schedule
+from .schedule import FixedSchedule, Schedule, SwitchedSchedule
 from .segment import lower
 
-__all__ = ["Plan", "PlanProvenance", "Predictions", "RankSpec"]
+__all__ = ["Certificate", "Plan", "PlanProvenance", "Predictions", "RankSpec"]
 
 
 class RankSpec(Data):
     """One rank of a plan."""
 
     device: Literal["cpu", "cuda"]
+    speed: float = Field(default=1.0, gt=0)
+    """How fast it computes, relative to the device that the profile was measured on."""
+    memory_bytes: int | None = Field(default=None, gt=0)
+    """What parameters and activations may take up; null: no limit."""
 
 
 class Predictions(Data):
@@ -36,10 +40,43 @@ class Predictions(Data):
     """`single_s / latency_s`."""
     ideal_speedup: float | None = None
     """Measured stage times alone: no communication, no overhead on either side."""
+    work_speedup: float | None = None
+    """Independent of hardware: denoiser evaluations on the critical path, one rank's two per step over the plan's;
+    a stage counts by its share of the layers' time."""
     psnr_db: float | None = None
     """Mean over prompts, against the exact run of the same seed; null for exact plans."""
+    quantile: float | None = None
+    """Share of prompts that may fall below `psnr_quantile_db`."""
+    psnr_quantile_db: float | None = None
+    """That quantile of the PSNR over prompts; null where none was asked for."""
     target: str = ""
     """What was asked for, e.g. `min_psnr=35`."""
+
+
+class Certificate(Data):
+    """How close to optimal a solved schedule is proven to be, over all schedules of the candidate patterns."""
+
+    objective: Literal["latency_s", "error"]
+    """What was minimised: predicted seconds under an error budget, or summed step error under a latency budget."""
+    value: float
+    """What the schedule reaches."""
+    lower_bound: float
+    """No schedule within the same budget does better."""
+    states: int = Field(ge=1)
+    """States of the age automaton that was searched."""
+    labels: int = Field(ge=1)
+    """Pairs of state and latency that the search kept, over all steps."""
+    simplified: bool = False
+    """Whether the search merged ages (on the cautious side); the bound holds without."""
+    over: Literal["all", "undominated", "relaxed"] = "all"
+    """What the bound holds for: all schedules of the candidate patterns, those of the patterns that no other beats at
+    every step and age, or (loosely) all schedules with ages taken as young as they can be."""
+
+    @property
+    def gap(self) -> float:
+        """`value - lower_bound` relative to the bound; 0 when the schedule is proven optimal."""
+        excess = max(0.0, self.value - self.lower_bound)
+        return excess / self.lower_bound if self.lower_bound > 0 else (0.0 if excess <= 0 else float("inf"))
 
 
 class PlanProvenance(Data):
@@ -63,6 +100,8 @@ class Plan(Document):
     """Name of the exact pattern for generations that the schedule does not cover (another number of steps)."""
     schedule: Schedule
     predictions: Predictions = Predictions()
+    certificate: Certificate | None = None
+    """Of solved schedules; null for policies, hand-made plans and those of older versions."""
     provenance: PlanProvenance | None = None
 
     @model_validator(mode="after")
@@ -90,19 +129,19 @@ class Plan(Document):
             raise ValueError(f"schedule names unknown patterns {unknown}; the plan has {names}")
         if not self.pattern(self.exact).is_exact:
             raise ValueError(f"pattern {self.exact!r} is named as the exact one, but its table is not exact")
-        for steps in self._possible_schedules():
+        for schedule in self.schedule.possible():
             try:
-                check_reads([self.pattern(name) for name in steps])
+                check_reads([self.pattern(name) for name in schedule.steps])
             except InputError as error:
                 raise ValueError(str(error)) from None
+        if isinstance(self.schedule, SwitchedSchedule):
+            for step, name in enumerate(self.schedule.undecided.steps[: self.schedule.measured]):
+                if not self.pattern(name).is_exact:
+                    raise ValueError(
+                        f"step {step} runs {name!r}, but the discrepancy of the first {self.schedule.measured} steps "
+                        "is measured, for which they must be exact"
+                    )
         return self
-
-    def _possible_schedules(self) -> list[tuple[str, ...]]:
-        if isinstance(self.schedule, FixedSchedule):
-            return [self.schedule.steps]
-        earliest = self.schedule.resolve([0.0] * self.num_steps)
-        latest = self.schedule.resolve([])
-        return [earliest.steps, latest.steps]
 
     @cached_property
     def _patterns_by_name(self) -> dict[str, Pattern]:
@@ -130,7 +169,6 @@ class Plan(Document):
     def with_steps(self, steps: tuple[str, ...]) -> Plan:
         """The same tables with another fixed schedule (validated anew, predictions dropped)."""
         fields = dict(self)
-        return Plan(**(fields | {"schedule": FixedSchedule(steps=steps), "predictions": Predictions()}))
-
-
-
+        return Plan(**(fields | {
+            "schedule": FixedSchedule(steps=steps), "predictions": Predictions(), "certificate": None,
+        }))

@@ -17,7 +17,7 @@ from .signature import CallSignature
 
 __all__ = [
     "Broadcast", "Compounding", "Costs", "ErrorCurve", "Guidance", "LayerTiming", "Link", "ModelInfo", "PatternErrors",
-    "Profile", "Provenance", "StageCost",
+    "Profile", "Provenance", "Redundancy", "ScheduleCheck", "StageCost",
 ]
 
 
@@ -161,11 +161,61 @@ class Guidance(Data):
 
     rel_mae: tuple[tuple[float, ...], ...]
     """Per prompt, per step."""
+    scale: float | None = None
+    """Guidance scale of the generations; None: that of the profile."""
 
     @property
     def mean(self) -> tuple[float, ...]:
         """Mean over prompts, per step."""
         return tuple(sum(column) / len(column) for column in zip(*self.rel_mae))
+
+    def quantile(self, share: float) -> tuple[float, ...]:
+        """Per step, the value that `share` of the prompts (0 to 1) do not exceed, interpolated linearly."""
+        result = []
+        for column in zip(*self.rel_mae):
+            ordered = sorted(column)
+            position = share * (len(ordered) - 1)
+            low = min(int(position), len(ordered) - 1)
+            high = min(low + 1, len(ordered) - 1)
+            result.append(ordered[low] + (position - low) * (ordered[high] - ordered[low]))
+        return tuple(result)
+
+    @property
+    def curvature(self) -> tuple[float, ...]:
+        """Second difference `m[i+1] - 2 m[i] + m[i-1]` of the mean, per step; 0 at both ends."""
+        mean = self.mean
+        inner = [mean[i + 1] - 2 * mean[i] + mean[i - 1] for i in range(1, len(mean) - 1)]
+        return (0.0, *inner, 0.0)[: len(mean)]
+
+    def tau1(self, history: int, eps: float, cap: int) -> tuple[int, ...]:
+        """Per prompt, the step at which the discrepancy has flattened (METHOD.md, "Switching rule").
+
+        Args:
+            history: L, how many steps the slope spans.
+            eps: slope under which the curve counts as flat.
+            cap: the result when that does not happen before step `cap`.
+        """
+        return tuple(_flattened(curve, history, eps, cap) for curve in self.rel_mae)
+
+
+def _flattened(curve: tuple[float, ...], history: int, eps: float, cap: int) -> int:
+    for step in range(history, min(len(curve), cap)):
+        if 0 <= (curve[step - history + 1] - curve[step]) / history < eps:
+            return step
+    return cap
+
+
+class Redundancy(Data):
+    """Temporal redundancy: how much the values that partitions cut change from step to step."""
+
+    change: dict[str, tuple[float, ...]]
+    """Per value, per step from the second on: mean |value - its value a step before| over the mean |value| of the step
+    before, over all prompts and both branches."""
+
+    @property
+    def mean(self) -> dict[str, float]:
+        """Mean over steps by value: what a cut there costs in staleness. Small values tolerate it."""
+        return {name: sum(row) / len(row) for name, row in self.change.items() if row}
 
 
 Source = Literal["activations", "memory", "none"]
@@ -193,8 +243,42 @@ class PatternErrors(Data):
     curves: tuple[ErrorCurve, ...] = Field(min_length=1)
 
 
+class ErrorSampling(Data):
+    """How finely errors were measured; what lies between was interpolated."""
+
+    prompts: int = Field(ge=1)
+    """Prompts whose errors by step and age were measured (all of the profile's were used for whole schedules)."""
+    probes: int = Field(ge=1)
+    """Random image directions per prompt."""
+    measured_steps: int = Field(ge=1)
+    """Steps at which errors were measured."""
+    ages: tuple[int, ...]
+    """Ages that were measured."""
+    estimator_db: float = Field(ge=0)
+    """Standard error of a single value, from the number of prompts and probes."""
+    weights: dict[str, float] = Field(default={})
+    """By kind of error (combination of estimates / what ages), the factor by which whole schedules corrected the
+    curves; applied to them already."""
+
+
 _ONE_SIDED_95 = 1.645
 """Standard errors of a normal distribution below which it falls with a probability of 5 %."""
+
+
+class ScheduleCheck(Data):
+    """A schedule measured whole, and what a fit to other schedules on other prompts had predicted for it."""
+
+    kind: str
+    """`solved`: from the planner's frontier; `random`: drawn."""
+    raw_db: float
+    """`-20 log10` of its summed error."""
+    predicted_db: float
+    """Mean PSNR predicted by a fit that saw neither this schedule nor its prompts."""
+    measured_db: float
+    """Mean PSNR over its prompts."""
+    std_db: float = Field(ge=0)
+    """Standard deviation of the PSNR over its prompts."""
+    prompts: int = Field(ge=1)
 
 
 class Compounding(Data):
@@ -207,13 +291,27 @@ class Compounding(Data):
     knots: tuple[tuple[float, float], ...] = ()
     """(raw dB, mean PSNR in dB), both strictly increasing; empty: the PSNR is the raw value."""
     residual_db: float = Field(default=0.0, ge=0)
-    """Root mean square of the distances of the measured schedules from the curve."""
+    """Root mean square of the distances of solved schedules from the curve, each left out of its own fit."""
     prompt_std_db: float = Field(default=0.0, ge=0)
     """Standard deviation of the PSNR over prompts, mean over the measured schedules."""
     prompts: int = Field(default=0, ge=0)
     """Number of prompts that each schedule was measured on."""
     schedules: int = Field(default=0, ge=0)
     """Number of schedules measured for the fit."""
+    checks: tuple[ScheduleCheck, ...] = ()
+    """Cross-validation on unseen schedules and unseen prompts; empty when there were too few of them."""
+
+    def mean_error_db(self, kind: str | None = None) -> float | None:
+        """Mean absolute difference between prediction and measurement in the cross-validation (of one kind of
+        schedules): the error bar of a predicted mean over `checks[..].prompts` unseen prompts. None without checks."""
+        misses = [abs(c.measured_db - c.predicted_db) for c in self.checks if kind in (None, c.kind)]
+        return sum(misses) / len(misses) if misses else None
+
+    @property
+    def bias_db(self) -> float | None:
+        """Mean of measurement less prediction in the cross-validation; None without checks."""
+        misses = [check.measured_db - check.predicted_db for check in self.checks]
+        return sum(misses) / len(misses) if misses else None
 
     @field_validator("knots")
     @classmethod
@@ -260,10 +358,15 @@ class Profile(Document):
     """Timestep of every step over the scheduler's `num_train_timesteps` (1: pure noise, towards 0: the image); empty
     in profiles that did not record it."""
     guidance: Guidance | None = None
+    further_guidance: tuple[Guidance, ...] = ()
+    """At further guidance scales."""
+    redundancy: Redundancy | None = None
     partitions: tuple[Partition, ...] = ()
     patterns: tuple[Pattern, ...] = ()
     """Tables whose errors were measured; ranks in them are placeholders of the two-rank case."""
     errors: tuple[PatternErrors, ...] = ()
+    sampling: ErrorSampling | None = None
+    """How the errors were measured; None in profiles from before this was noted."""
     compounding: Compounding = Compounding()
     provenance: Provenance
     """Of the costs, and of the errors unless `errors_provenance` is given."""
@@ -288,7 +391,8 @@ class Profile(Document):
                     )
         if self.noise_levels and len(self.noise_levels) != self.num_steps:
             raise ValueError(f"noise_levels must have {self.num_steps} steps, got {len(self.noise_levels)}")
-        if self.guidance is not None and any(len(row) != self.num_steps for row in self.guidance.rel_mae):
+        curves = [] if self.guidance is None else [self.guidance]
+        if any(len(row) != self.num_steps for each in (*curves, *self.further_guidance) for row in each.rel_mae):
             raise ValueError(f"guidance curves must have {self.num_steps} steps")
         for partition in self.partitions:
             partition.check_covers(self.graph)

@@ -1,9 +1,16 @@
-"""Schedules: one pattern name per denoising step, fixed in advance or found while generating."""
+"""Schedules: one pattern name per denoising step, fixed in advance or found while generating.
+
+Schedules that are found while generating share one interface, which the runtime follows without knowing the kind:
+until `decide` answers, the steps of `undecided` run; its answer holds for the rest of the generation. `possible` lists
+what the answer can be, so that a plan can be validated before it runs.
+"""
 
 from __future__ import annotations
 
 import re
-from itertools import groupby
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import groupby, pairwise
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -11,7 +18,9 @@ from pydantic import Field, model_validator
 from .data import Data
 from .errors import InputError
 
-__all__ = ["AdaptiveSchedule", "FixedSchedule", "Schedule", "format_steps", "parse_steps"]
+__all__ = [
+    "AdaptiveSchedule", "FixedSchedule", "Schedule", "Statistic", "SwitchedSchedule", "format_steps", "parse_steps",
+]
 
 _RUN = re.compile(r"([\w.:@+-]+?)(?:\*(\d+))?")
 
@@ -52,6 +61,10 @@ class FixedSchedule(Data):
     def patterns(self) -> tuple[str, ...]:
         """Names of the patterns that can occur, in order of first use."""
         return tuple(dict.fromkeys(self.steps))
+
+    def possible(self) -> tuple[FixedSchedule, ...]:
+        """Every schedule that a generation can run."""
+        return (self,)
 
     def __str__(self) -> str:
         return format_steps(self.steps)
@@ -108,10 +121,27 @@ class AdaptiveSchedule(Data):
     def resolve(self, discrepancies: tuple[float, ...] | list[float]) -> FixedSchedule:
         """The schedule that a generation with these discrepancies (one per warm-up step) runs."""
         start = self.window_start(discrepancies)
-        start = self.tau_cap if start is None else start
+        return self._starting_at(self.tau_cap if start is None else start)
+
+    @property
+    def undecided(self) -> FixedSchedule:
+        """What runs until the window is known."""
+        return FixedSchedule(steps=(self.warmup,) * self.num_steps)
+
+    def decide(self, discrepancies: Sequence[float], step: int) -> FixedSchedule | None:
+        """The schedule of this generation if it is known when `step` begins, from the values m_0..m_n that have
+        arrived by then; else None."""
+        start = self.window_start(list(discrepancies))
+        return self.resolve(list(discrepancies)) if start is not None or step >= self.tau_cap else None
+
+    def possible(self) -> tuple[FixedSchedule, ...]:
+        """Every schedule that a generation can run: one per start of the window."""
+        first = min(self.history + self.lag, self.tau_cap)
+        return tuple(self._starting_at(start) for start in range(first, self.tau_cap + 1))
+
+    def _starting_at(self, start: int) -> FixedSchedule:
         rest = self.num_steps - start - self.k
-        steps = (self.warmup,) * start + (self.window,) * self.k + (self.warmup,) * rest
-        return FixedSchedule(steps=steps)
+        return FixedSchedule(steps=(self.warmup,) * start + (self.window,) * self.k + (self.warmup,) * rest)
 
     def __str__(self) -> str:
         return (
@@ -120,4 +150,96 @@ class AdaptiveSchedule(Data):
         )
 
 
-Schedule = Annotated[FixedSchedule | AdaptiveSchedule, Field(discriminator="kind")]
+Statistic = Literal["mean", "last", "slope"]
+"""Of the first discrepancies m_0..m_(n-1): their mean, the last one, or the mean change per step."""
+
+
+class SwitchedSchedule(Data):
+    """Several fixed schedules, one of which each generation picks by the discrepancy of its first steps.
+
+    `statistic` of m_0..m_(measured-1) is compared with `thresholds`: below the first one `choices[0]` runs, from the
+    first up to the second `choices[1]`, and so on. The value decides `lag` steps after the last one was measured, as
+    for `AdaptiveSchedule`; up to there all choices agree, and the steps that are measured are exact (a plan checks it).
+    This is the paper's switching by denoising discrepancy (METHOD.md) with any schedules in place of one window.
+    """
+
+    kind: Literal["switched"] = "switched"
+    choices: tuple[FixedSchedule, ...] = Field(min_length=1)
+    thresholds: tuple[float, ...] = ()
+    """Strictly increasing, one less than `choices`."""
+    measured: int = Field(ge=1)
+    """How many first steps are measured."""
+    statistic: Statistic = "mean"
+    lag: int = Field(default=2, ge=1)
+    """See `AdaptiveSchedule.lag`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.thresholds) != len(self.choices) - 1:
+            raise ValueError(
+                f"{len(self.choices)} choices need {len(self.choices) - 1} thresholds, got {len(self.thresholds)}"
+            )
+        if any(low >= high for low, high in pairwise(self.thresholds)):
+            raise ValueError(f"thresholds must increase strictly, got {list(self.thresholds)}")
+        lengths = sorted({choice.num_steps for choice in self.choices})
+        if len(lengths) > 1:
+            raise ValueError(f"all choices must have equally many steps, got {lengths}")
+        if self.measured > lengths[0]:
+            raise ValueError(f"{self.measured} measured steps exceed the {lengths[0]} steps; lower measured")
+        if self.statistic == "slope" and self.measured < 2:
+            raise ValueError("the statistic 'slope' needs 2 measured steps or more")
+        if len({choice.steps[: self.decided_at] for choice in self.choices}) > 1:
+            raise ValueError(
+                f"all choices must agree on steps 0 to {self.decided_at - 1}, which run before the choice is known; "
+                "make them equal there or measure fewer steps"
+            )
+        return self
+
+    @property
+    def num_steps(self) -> int:
+        """Number of denoiser calls of one generation."""
+        return self.choices[0].num_steps
+
+    @property
+    def decided_at(self) -> int:
+        """First step that may differ between the choices."""
+        return self.measured - 1 + self.lag
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Names of the patterns that can occur, in order of first use."""
+        return tuple(dict.fromkeys(name for choice in self.choices for name in choice.steps))
+
+    @property
+    def undecided(self) -> FixedSchedule:
+        """What runs until the choice is made; all choices agree there."""
+        return self.choices[-1]
+
+    def value(self, discrepancies: Sequence[float]) -> float:
+        """The statistic of m_0, m_1, ...; later values than those measured do not count."""
+        used = discrepancies[: self.measured]
+        if self.statistic == "mean":
+            return sum(used) / len(used)
+        return used[-1] if self.statistic == "last" else (used[-1] - used[0]) / (len(used) - 1)
+
+    def decide(self, discrepancies: Sequence[float], step: int) -> FixedSchedule | None:
+        """The choice, if the values that have arrived when `step` begins suffice; else None."""
+        return self.resolve(discrepancies) if len(discrepancies) >= self.measured else None
+
+    def resolve(self, discrepancies: Sequence[float]) -> FixedSchedule:
+        """The schedule that a generation with these discrepancies runs; without enough of them the last choice."""
+        if len(discrepancies) < self.measured:
+            return self.choices[-1]
+        return self.choices[bisect_right(self.thresholds, self.value(discrepancies))]
+
+    def possible(self) -> tuple[FixedSchedule, ...]:
+        """Every schedule that a generation can run."""
+        return self.choices
+
+    def __str__(self) -> str:
+        what = f"{self.statistic} rel-MAE of {self.measured} step{'s' * (self.measured != 1)}"
+        below = "; ".join(f"< {limit:g}: {choice}" for limit, choice in zip(self.thresholds, self.choices))
+        return f"switched by {what}: {below}{'; ' * bool(below)}else: {self.choices[-1]}"
+
+
+Schedule = Annotated[FixedSchedule | AdaptiveSchedule | SwitchedSchedule, Field(discriminator="kind")]

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..ir import WHOLE, Branch, InputError, LeafSpec, Pattern, Profile, Segment, lower
+from ..ir import (
+    WHOLE,
+    Branch,
+    InputError,
+    LeafSpec,
+    Partition,
+    Pattern,
+    Profile,
+    RankSpec,
+    Segment,
+    UsageError,
+    lower,
+)
+from .crossing import stage_bytes
 
-__all__ = ["StepCost", "segment_seconds", "step_cost"]
+__all__ = ["CostModel", "StepCost", "segment_seconds", "step_cost"]
 
 _SAMPLE_NAMES = ("sample", "hidden_states", "x", "latents")
 _ITEM_BYTES = {
@@ -27,101 +40,154 @@ class StepCost:
     """What a step is predicted to take: stage times, exposed communication and the driver's overhead."""
 
 
-def step_cost(profile: Profile, pattern: Pattern) -> StepCost:
-    """Time of a step of `pattern` in the long run (steps of the same pattern before and after it).
+class CostModel:
+    """Step costs of one profile on given ranks; remembers what patterns over the same partitions share."""
 
-    The segments of `lower(pattern)` run in order, each when its rank is free and its fresh reads are there. For the
-    prediction, ranks other than 0 first receive the sample from rank 0, fresh reads travel, and estimates return to
-    rank 0, over the profile's links (none measured: free). Stale values travel while the driver does its work outside
-    the denoiser, so only what takes longer than `Costs.step_overhead_s` shows. O(segments^2).
+    def __init__(self, profile: Profile, ranks: Sequence[RankSpec] | None = None, *, overlap: bool = True) -> None:
+        """
+        Args:
+            profile: measurements.
+            ranks: the ranks, whose `speed` divides the measured times; default: as many as wanted, all as profiled.
+            overlap: whether stale values travel while the driver does its work outside the denoiser, so that only
+                what takes longer than `Costs.step_overhead_s` shows; otherwise their whole transfer does.
+        """
+        self._profile, self._overlap = profile, overlap
+        self._speeds = None if ranks is None else [rank.speed for rank in ranks]
+        self._links = {(link.source, link.target): link for link in profile.costs.links}
+        self._known = {rank for pair in self._links for rank in pair}
+        self._partitions = {p.name: p for p in profile.partitions} | {WHOLE: Partition.whole(profile.graph)}
+        self._measured = {(c.partition, c.stages, c.batch): c.seconds for c in reversed(profile.costs.stages)}
+        self._sample = _sample_bytes(profile)
+        self._seconds: dict[tuple[str, tuple[int, ...], int], float] = {}
+        self._between: dict[str, dict[tuple[int, int], int]] = {}
+        self._fused: dict[tuple[str, int, tuple[int, ...]], int] = {}
+
+    def step(self, pattern: Pattern) -> StepCost:
+        """Time of a step of `pattern` in the long run (steps of the same pattern before and after it).
+
+        The segments of `lower(pattern)` run in order, each when its rank is free and its fresh reads are there. For
+        the prediction, ranks other than 0 first receive the sample from rank 0, fresh reads travel, and estimates
+        return to rank 0, each pair of ranks over its own link (none measured: free; with ranks that the profile did
+        not measure: as over the slowest link that it did). O(segments x stages).
+
+        Raises:
+            InputError: the profile has no costs for a segment.
+            UsageError: the pattern needs more ranks than there are.
+        """
+        if self._speeds is not None and pattern.world_size > len(self._speeds):
+            raise UsageError(f"pattern {pattern.name!r} needs {pattern.world_size} ranks, got {len(self._speeds)}")
+        overhead = self._profile.costs.step_overhead_s
+        stale = self._stale_seconds(pattern)
+        shown = max(0.0, stale - overhead) if self._overlap else stale
+        latency = self._makespan(pattern, moving=True) + shown + overhead
+        return StepCost(ideal_s=self._makespan(pattern, moving=False), latency_s=latency)
+
+    def segment_seconds(self, segment: Segment, stages: int) -> float:
+        """Time of one segment of a partition with `stages` stages on its rank: measured, else the sum of its layers.
+
+        Raises:
+            InputError: neither was measured.
+        """
+        key = (segment.partition, segment.stages, len(segment.branches))
+        if key not in self._seconds:
+            self._seconds[key] = self._profiled_seconds(*key, whole=len(segment.stages) == stages)
+        return self._seconds[key] / (1.0 if self._speeds is None else self._speeds[segment.rank])
+
+    def _profiled_seconds(self, partition: str, stages: tuple[int, ...], batch: int, *, whole: bool) -> float:
+        costs = self._profile.costs
+        measured = self._measured.get((partition, stages, batch))
+        if measured is None and whole:
+            measured = self._measured.get((WHOLE, (0,), batch))
+        if measured is not None:
+            return measured
+        if batch not in costs.layers and 1 not in costs.layers:
+            raise InputError(
+                f"the profile has no layer costs for 1 branch (it has {sorted(costs.layers)}); profile the model again"
+            )
+        per_layer, times = (costs.layers[batch], 1) if batch in costs.layers else (costs.layers[1], batch)
+        inside = set(self._partitions[partition].evaluated(stages))
+        return times * math.fsum(s for name, s in zip(self._profile.graph.names, per_layer) if name in inside)
+
+    def _makespan(self, pattern: Pattern, *, moving: bool) -> float:
+        """When the last rank is done and, with `moving`, the last estimate has reached rank 0."""
+        clock: dict[int, float] = {}
+        done: dict[tuple[Branch, int], tuple[float, int]] = {}
+        latest = 0.0
+        for segment in lower(pattern):
+            rank = segment.rank
+            if rank not in clock:
+                clock[rank] = self._link_seconds(0, rank, self._sample) if moving else 0.0
+            start = clock[rank]
+            for reads in segment.reads:
+                for read in reads:
+                    if not read.stale:
+                        ready, source = done[read.branch, read.stage]
+                        nbytes = self._cut_bytes(pattern.partition, read.stage, segment.stages) if moving else 0
+                        start = max(start, ready + self._link_seconds(source, rank, nbytes))
+            end = start + self.segment_seconds(segment, pattern.stages)
+            clock[rank] = end
+            for branch in segment.branches:
+                for stage in segment.stages:
+                    done[branch, stage] = (end, rank)
+            if moving and segment.has_estimate:
+                end += self._link_seconds(rank, 0, self._sample * len(segment.branches))
+            latest = max(latest, end)
+        return latest
+
+    def _stale_seconds(self, pattern: Pattern) -> float:
+        """Slowest transfer between two ranks of what the next step of `pattern` reads stale."""
+        moved: dict[tuple[int, int], int] = defaultdict(int)
+        producers = {(unit.branch, unit.stage): unit.rank for unit in pattern.units}
+        for segment in lower(pattern):
+            for reads in segment.reads:
+                for read in reads:
+                    source = producers.get((read.branch, read.stage))
+                    if read.stale and source is not None and source != segment.rank:
+                        moved[source, segment.rank] += self._cut_bytes(pattern.partition, read.stage, segment.stages)
+        return max((self._link_seconds(*ranks, nbytes) for ranks, nbytes in moved.items()), default=0.0)
+
+    def _link_seconds(self, source: int, target: int, nbytes: int) -> float:
+        if source == target or nbytes == 0 or not self._links:
+            return 0.0
+        link = self._links.get((source, target))
+        if link is not None:
+            return link.seconds(nbytes)
+        if {source, target} <= self._known:
+            return 0.0
+        return max(known.seconds(nbytes) for known in self._links.values())
+
+    def _cut_bytes(self, partition: str, source: int, targets: tuple[int, ...]) -> int:
+        """Bytes that `targets`, evaluated as one graph, take from stage `source`."""
+        if len(targets) == 1:
+            if partition not in self._between:
+                self._between[partition] = stage_bytes(self._profile.graph, self._partitions[partition])
+            return self._between[partition].get((source, targets[0]), 0)
+        key = (partition, source, targets)
+        if key not in self._fused:
+            values = self._partitions[partition].received(self._profile.graph, source, targets)
+            self._fused[key] = sum(value.nbytes for value in values)
+        return self._fused[key]
+
+
+def step_cost(
+    profile: Profile, pattern: Pattern, ranks: Sequence[RankSpec] | None = None, *, overlap: bool = True
+) -> StepCost:
+    """Time of one step: `CostModel.step` for a single pattern.
 
     Raises:
         InputError: the profile has no costs for a segment.
+        UsageError: the pattern needs more ranks than there are.
     """
-    ideal = _makespan(profile, pattern, moving=False)
-    overhead = profile.costs.step_overhead_s
-    hidden = max(0.0, _stale_seconds(profile, pattern) - overhead)
-    return StepCost(ideal_s=ideal, latency_s=_makespan(profile, pattern, moving=True) + hidden + overhead)
+    return CostModel(profile, ranks, overlap=overlap).step(pattern)
 
 
 def segment_seconds(profile: Profile, segment: Segment, stages: int) -> float:
-    """Time of one segment of a partition with `stages` stages: measured, else the sum of its layers.
+    """Time of one segment on a rank as profiled: `CostModel.segment_seconds`.
 
     Raises:
-        InputError: neither was measured.
+        InputError: neither the segment nor its layers were measured.
     """
-    costs, batch = profile.costs, len(segment.branches)
-    measured = costs.stage_seconds(segment.partition, segment.stages, batch)
-    if measured is None and len(segment.stages) == stages:
-        measured = costs.stage_seconds(WHOLE, (0,), batch)
-    if measured is not None:
-        return measured
-    if batch not in costs.layers and 1 not in costs.layers:
-        raise InputError(
-            f"the profile has no layer costs for 1 branch (it has {sorted(costs.layers)}); profile the model again"
-        )
-    per_layer, times = (costs.layers[batch], 1) if batch in costs.layers else (costs.layers[1], batch)
-    inside = set(_layers(profile, segment.partition, segment.stages))
-    return times * math.fsum(s for name, s in zip(profile.graph.names, per_layer) if name in inside)
-
-
-def _makespan(profile: Profile, pattern: Pattern, *, moving: bool) -> float:
-    """When the last rank is done and, with `moving`, the last estimate has reached rank 0."""
-    sample = _sample_bytes(profile) if moving else 0
-    clock: dict[int, float] = {}
-    done: dict[tuple[Branch, int], tuple[float, int]] = {}
-    latest = 0.0
-    for segment in lower(pattern):
-        rank = segment.rank
-        if rank not in clock:
-            clock[rank] = _link_seconds(profile, 0, rank, sample) if moving else 0.0
-        start = clock[rank]
-        for reads in segment.reads:
-            for read in reads:
-                if not read.stale:
-                    ready, source = done[read.branch, read.stage]
-                    nbytes = _cut_bytes(profile, pattern, read.stage, segment.stages) if moving else 0
-                    start = max(start, ready + (_link_seconds(profile, source, rank, nbytes) if moving else 0.0))
-        end = start + segment_seconds(profile, segment, pattern.stages)
-        clock[rank] = end
-        for branch in segment.branches:
-            for stage in segment.stages:
-                done[branch, stage] = (end, rank)
-        if moving and segment.has_estimate:
-            end += _link_seconds(profile, rank, 0, sample * len(segment.branches))
-        latest = max(latest, end)
-    return latest
-
-
-def _stale_seconds(profile: Profile, pattern: Pattern) -> float:
-    """Slowest transfer between two ranks of what the next step of `pattern` reads stale."""
-    moved: dict[tuple[int, int], int] = defaultdict(int)
-    for segment in lower(pattern):
-        for reads in segment.reads:
-            for read in reads:
-                producer = pattern.unit(read.branch, read.stage)
-                if read.stale and producer is not None and producer.rank != segment.rank:
-                    moved[producer.rank, segment.rank] += _cut_bytes(profile, pattern, read.stage, segment.stages)
-    return max((_link_seconds(profile, *ranks, nbytes) for ranks, nbytes in moved.items()), default=0.0)
-
-
-def _link_seconds(profile: Profile, source: int, target: int, nbytes: int) -> float:
-    if source == target or nbytes == 0:
-        return 0.0
-    for link in profile.costs.links:
-        if (link.source, link.target) == (source, target):
-            return link.latency_s + nbytes / link.bytes_per_s
-    return 0.0
-
-
-def _cut_bytes(profile: Profile, pattern: Pattern, source: int, targets: tuple[int, ...]) -> int:
-    producers = _layers(profile, pattern.partition, (source,))
-    consumers = _layers(profile, pattern.partition, targets)
-    return sum(value.nbytes for value in profile.graph.crossing(producers, consumers))
-
-
-def _layers(profile: Profile, partition: str, stages: Iterable[int]) -> list[str]:
-    return [name for stage in stages for name in profile.partition(partition).stages[stage]]
+    return CostModel(profile).segment_seconds(segment, stages)
 
 
 def _sample_bytes(profile: Profile) -> int:

@@ -2,21 +2,23 @@
 
 A run `[i, j)` is a contiguous part of the layer order. Layers are listed in execution order, so a value enters a run
 from before it and leaves to after it. Each value counts once per receiving stage, however many layers there read it,
-and it counts in full even when a stage could recompute it from cheap shared producers (time embedding, rotary table).
+unless its producer is among the layers that the receiving side recomputes (time embedding, rotary table).
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 from numpy.typing import NDArray
 
-from ..ir import LayerGraph
+from ..ir import LayerGraph, Partition
 
-__all__ = ["bytes_in", "bytes_out", "live_seconds"]
+__all__ = ["bytes_in", "bytes_out", "live_seconds", "stage_bytes"]
 
 
-def bytes_in(graph: LayerGraph) -> NDArray[np.int64]:
-    """`[i, j]`: bytes of the values produced before `i` and read inside `[i, j)`.
+def bytes_in(graph: LayerGraph, recomputed: Collection[str] = ()) -> NDArray[np.int64]:
+    """`[i, j]`: bytes of the values produced before `i`, by no layer in `recomputed`, and read inside `[i, j)`.
 
     A value is counted for the run when the first of its consumers at or after `i` lies before `j`; every consumer is
     that first one for a whole range of `i`, so two sums over a difference array give all entries in
@@ -26,6 +28,8 @@ def bytes_in(graph: LayerGraph) -> NDArray[np.int64]:
     position = {name: index for index, name in enumerate(graph.names)}
     table = np.zeros((size + 2, size + 1), dtype=np.int64)
     for value in graph.values:
+        if value.producer in recomputed:
+            continue
         before = position[value.producer]
         for consumer in sorted({position[name] for name in value.consumers}):
             table[before + 1, consumer + 1] += value.nbytes
@@ -47,24 +51,52 @@ def bytes_out(graph: LayerGraph) -> NDArray[np.int64]:
     return table.cumsum(axis=1)[::-1].cumsum(axis=0)[::-1, : size + 1]
 
 
+def stage_bytes(graph: LayerGraph, partition: Partition) -> dict[tuple[int, int], int]:
+    """`(source, target)` -> bytes that stage `target` takes from stage `source`, where there are any.
+
+    What a stage recomputes is taken from nobody. O(consumers).
+    """
+    owner = {name: stage for stage, names in enumerate(partition.stages) for name in names}
+    readers: dict[str, list[int]] = {name: [stage] for name, stage in owner.items()}
+    for stage, names in enumerate(partition.recomputed):
+        for name in names:
+            readers[name].append(stage)
+    between: dict[tuple[int, int], int] = {}
+    for value in graph.values:
+        source = owner[value.producer]
+        for target in {stage for name in value.consumers for stage in readers[name]}.difference(
+            readers[value.producer]
+        ):
+            between[source, target] = between.get((source, target), 0) + value.nbytes
+    return between
+
+
 def live_seconds(graph: LayerGraph, seconds: NDArray[np.float64]) -> NDArray[np.float64]:
     """`[i, j]`: time of the layers outside `[i, j)` whose results reach the output without passing through the run.
 
-    With the run's results reused, only these layers make this step's estimate differ from the last one. Backwards over
-    the layers, one array over all runs for each: O(edges x layers^2) bit operations.
+    With the run's results reused, only these layers make this step's estimate differ from the last one. A layer before
+    the run stays live until the run's end passes the last layer from which its way to the output goes on, so one number
+    per layer and start says it for every end: backwards over the layers, O(edges x layers).
     """
     size = len(graph.layers)
-    start, end = np.indices((size + 1, size + 1))
     position = {name: index for index, name in enumerate(graph.names)}
     consumers: list[set[int]] = [set() for _ in range(size)]
     for value in graph.values:
         consumers[position[value.producer]].update(position[name] for name in value.consumers)
-    total = np.zeros((size + 1, size + 1))
-    live: list[NDArray[np.bool_]] = [np.zeros(0, dtype=bool)] * size
+    start = np.arange(size + 1)
+    reaches = np.zeros(size, dtype=bool)
+    farthest = np.full((size, size + 1), -1)  # of layers before the start: the largest end at which they are live
     for layer in reversed(range(size)):
-        reaches = np.full((size + 1, size + 1), graph.names[layer] == graph.output)
+        reaches[layer] = graph.names[layer] == graph.output or any(reaches[c] for c in consumers[layer])
+        if graph.names[layer] == graph.output:
+            farthest[layer] = size
         for consumer in consumers[layer]:
-            reaches |= live[consumer]
-        live[layer] = reaches & ((layer < start) | (layer >= end))
-        total += seconds[layer] * live[layer]
+            beyond = consumer if reaches[consumer] else -1
+            np.maximum(farthest[layer], np.where(start > consumer, farthest[consumer], beyond), out=farthest[layer])
+    after = np.concatenate([np.cumsum((seconds * reaches)[::-1])[::-1], [0.0]])
+    total = np.tile(after, (size + 1, 1))
+    for i in range(1, size + 1):
+        ends = farthest[:i, i]
+        until = np.bincount(ends[ends >= 0], weights=seconds[:i][ends >= 0], minlength=size + 1)
+        total[i] += np.cumsum(until[::-1])[::-1]
     return total

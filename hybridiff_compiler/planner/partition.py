@@ -17,8 +17,11 @@ from numpy.typing import NDArray
 
 from ..ir import InputError, LayerGraph, Link, Partition, UsageError
 from .crossing import bytes_in, bytes_out, live_seconds
+from .divide import any_order_is_searchable, divide
 from .layer_times import check_costs, check_slack, inner_runs
+from .recompute import recompute_shared
 from .rings import rings
+from .run_costs import Worker
 from .worlds import stage_counts
 
 __all__ = ["candidate_partitions", "linear", "nested", "thin"]
@@ -134,13 +137,17 @@ def thin(
 
 
 def candidate_partitions(
-    graph: LayerGraph, costs: Sequence[float], gpus: int | Iterable[int] = 2
+    graph: LayerGraph, costs: Sequence[float], gpus: int | Iterable[int] = 2, *, link: Link | None = None,
+    workers: Sequence[Worker] | None = None,
 ) -> tuple[Partition, ...]:
     """The partitions worth measuring for these numbers of GPUs: `linear`, `nested`, `thin`, `linear4`, `nested4`, ...
 
     The first three have two stages, the others as many as `stage_counts` names. Stage 0 is the front or inner one, the
     last stage holds the output. Each distinct partition comes once, under its first name; a split that the graph does
-    not allow is left out, so a graph of one layer has no candidates.
+    not allow is left out, so a graph of one layer has no candidates. With a `link`, stages recompute cheap shared
+    layers whose values take longer to arrive over it (`recompute_shared`). With `workers` that differ, partitions of
+    as many stages suit their speeds and memories (`divide`, over the best order where that can be searched; `rings`,
+    the fastest inside).
 
     Raises:
         UsageError: `costs` does not fit the graph, or a number of GPUs is out of range.
@@ -153,8 +160,13 @@ def candidate_partitions(
     ]
     worlds = (gpus,) if isinstance(gpus, int) else tuple(gpus)
     for stages in sorted({count for world in worlds for count in stage_counts(world)} - {2}):
-        makers.append(partial(linear, graph, costs, stages, name=f"linear{stages}"))
-        makers.append(partial(rings, graph, costs, stages, slack=BALANCE_SLACK))
+        if workers is not None and len(workers) == stages and len(set(workers)) > 1:
+            fastest = sorted(workers, key=lambda worker: -worker.speed)
+            makers.append(partial(_unequal, graph, costs, workers, f"linear{stages}"))
+            makers.append(partial(rings, graph, costs, stages, workers=fastest, slack=BALANCE_SLACK))
+        else:
+            makers.append(partial(linear, graph, costs, stages, name=f"linear{stages}"))
+            makers.append(partial(rings, graph, costs, stages, slack=BALANCE_SLACK))
     found: dict[tuple[tuple[str, ...], ...], Partition] = {}
     for make in makers:
         try:
@@ -163,8 +175,16 @@ def candidate_partitions(
             raise
         except InputError:
             continue  # too few layers for this split
+        if link is not None:
+            partition = recompute_shared(graph, costs, partition, link)
         found.setdefault(partition.stages, partition)
     return tuple(found.values())
+
+
+def _unequal(graph: LayerGraph, costs: Sequence[float], workers: Sequence[Worker], name: str) -> Partition:
+    bare = [Worker(speed=worker.speed, memory_bytes=worker.memory_bytes) for worker in workers]
+    search = any_order_is_searchable(len(graph.layers), bare)
+    return divide(graph, costs, bare, any_order=search, recompute=False, name=name).partition
 
 
 class _Runs:

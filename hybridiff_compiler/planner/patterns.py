@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from ..ir import Branch, Combine, Partition, Pattern, Read, Unit, dry_run
@@ -183,18 +184,20 @@ def _table(family: Family, partition: Partition, computed: int) -> Pattern:
         "split": {"uncond": range(first, front), "cond": range(front, stages)},
     }
     computes = owners[family.work]
-    units = tuple(
-        Unit(branch=branch, stage=stage, rank=0, reads=tuple(
-            Read(stage=other, branch=_source(computes, branch, other), stale=True)
-            for other in range(stages) if other != stage
-        ))
-        for branch, own in computes.items() for stage in own
-    )
+    units = []
+    for branch, own in computes.items():
+        reads = [_stale_read(stage, _source(computes, branch, stage)) for stage in range(stages)]
+        units += [Unit(branch=branch, stage=k, rank=0, reads=(*reads[:k], *reads[k + 1 :])) for k in own]
     suffix = f"+{computed}" if first and computed > 1 else ""
     return Pattern(
-        name=f"{family.name}:{partition.name}{suffix}", partition=partition.name, stages=stages, units=units,
+        name=f"{family.name}:{partition.name}{suffix}", partition=partition.name, stages=stages, units=tuple(units),
         combine=family.combine,
     )
+
+
+@lru_cache(maxsize=256)
+def _stale_read(stage: int, branch: Branch) -> Read:
+    return Read(stage=stage, branch=branch, stale=True)
 
 
 def _source(computes: dict[Branch, range], branch: Branch, stage: int) -> Branch:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..ir import Pattern, Unit
+from ..ir import Pattern, Unit, lower
+from .cost import CostModel
 
-__all__ = ["on_ranks", "placements"]
+__all__ = ["fastest_placement", "on_ranks", "placements"]
 
 
 def placements(pattern: Pattern, world: int) -> tuple[Pattern, ...]:
@@ -36,6 +37,32 @@ def placements(pattern: Pattern, world: int) -> tuple[Pattern, ...]:
         ranks = tuple(layout(unit) for unit in pattern.units)
         found.setdefault(ranks, _placed(pattern, ranks))
     return tuple(sorted(found.values(), key=_busiest))
+
+
+def fastest_placement(
+    pattern: Pattern, world: int, model: CostModel, speeds: Sequence[float] | None = None
+) -> Pattern:
+    """The placement of least predicted latency among `placements`; with unequal `speeds` (one per rank), also among
+    those that give the most work to the fastest rank, the next most to the next, and so on.
+
+    Of equally fast ones, the first. Exact tables stay as they are divided.
+    """
+    candidates = placements(pattern, world) if not pattern.is_exact else (pattern,)
+    if speeds is not None and len(set(speeds)) > 1:
+        candidates += tuple(_matched(placed, model, speeds) for placed in candidates)
+    if len(candidates) == 1:
+        return candidates[0]
+    return min(candidates, key=lambda placed: model.step(placed).latency_s)
+
+
+def _matched(pattern: Pattern, model: CostModel, speeds: Sequence[float]) -> Pattern:
+    loads = dict.fromkeys(range(len(speeds)), 0.0)
+    for segment in lower(pattern):
+        loads[segment.rank] += model.segment_seconds(segment, pattern.stages) * speeds[segment.rank]
+    heaviest = sorted(loads, key=lambda rank: -loads[rank])
+    fastest = sorted(range(len(speeds)), key=lambda rank: -speeds[rank])
+    target = dict(zip(heaviest, fastest))
+    return _placed(pattern, [target[unit.rank] for unit in pattern.units])
 
 
 def on_ranks(pattern: Pattern, world: int) -> Pattern:

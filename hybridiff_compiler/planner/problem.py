@@ -8,11 +8,13 @@ from functools import cached_property
 
 import numpy as np
 
-from ..ir import InputError, Pattern, Predictions, Profile, UsageError
-from .cost import StepCost, step_cost
+from ..ir import InputError, Pattern, Predictions, Profile, RankSpec, UsageError
+from .cost import CostModel, StepCost
 from .patterns import FAMILIES, exact_patterns, family_of
-from .placement import placements
+from .placement import fastest_placement
+from .robust import quantile_offset_db, quantile_reserve_db
 from .tables import StepTable, schedule_errors, step_tables
+from .work import in_work_units
 from .worlds import check_gpus
 
 __all__ = ["Problem"]
@@ -22,7 +24,8 @@ class Problem:
     """Everything that one profile says about running on `gpus` ranks."""
 
     def __init__(
-        self, profile: Profile, gpus: int, without: Iterable[str] = (), extra: Sequence[Pattern] = ()
+        self, profile: Profile, gpus: int, without: Iterable[str] = (), extra: Sequence[Pattern] = (),
+        ranks: Sequence[RankSpec] | None = None,
     ) -> None:
         """
         Args:
@@ -30,14 +33,20 @@ class Problem:
             gpus: ranks, 1 or more.
             without: families to leave out.
             extra: further candidates, `without` or not.
+            ranks: the ranks where they differ in speed; default: all as profiled.
 
         Raises:
-            UsageError: `gpus` is out of range, or `without` names an unknown family.
+            UsageError: `gpus` is out of range or not the number of ranks, or `without` names an unknown family.
         """
         check_gpus(gpus)
+        if ranks is not None and len(ranks) != gpus:
+            raise UsageError(f"got {len(ranks)} ranks for {gpus} GPUs; describe every rank once")
         self.profile, self.gpus = profile, gpus
-        exact = exact_patterns(gpus)
-        cheap = [_fastest(profile, placements(p, gpus)) for p in profile.patterns if not p.is_exact]
+        self._model = CostModel(profile, ranks)
+        speeds = None if ranks is None else [rank.speed for rank in ranks]
+        single, *divided = exact_patterns(gpus)
+        exact = [single, *(fastest_placement(pattern, gpus, self._model, speeds) for pattern in divided)]
+        cheap = [fastest_placement(p, gpus, self._model, speeds) for p in profile.patterns if not p.is_exact]
         self.excluded = _check_families(without, cheap)
         chosen = [*exact, *(p for p in cheap if family_of(p.name) not in self.excluded), *extra]
         self.patterns: tuple[Pattern, ...] = tuple({pattern.name: pattern for pattern in chosen}.values())
@@ -53,7 +62,7 @@ class Problem:
     @cached_property
     def costs(self) -> dict[str, StepCost]:
         """Step costs of the candidates by name."""
-        return {pattern.name: step_cost(self.profile, pattern) for pattern in self.patterns}
+        return {pattern.name: self._model.step(pattern) for pattern in self.patterns}
 
     @cached_property
     def tables(self) -> tuple[StepTable, ...]:
@@ -69,6 +78,20 @@ class Problem:
     def psnr_db(self, error: float) -> float:
         """Predicted mean PSNR of a schedule whose step errors sum to `error`; infinite for exact ones."""
         return self.profile.compounding.psnr_db(error)
+
+    def judged_db(self, error: float, quantile: float | None = None) -> float:
+        """What a quality target is compared with: `psnr_db`, or that quantile of the PSNR over prompts."""
+        psnr = self.psnr_db(error)
+        return psnr if math.isinf(psnr) else psnr + self.quantile_offset_db(quantile, psnr)
+
+    def quantile_offset_db(self, quantile: float | None, mean_db: float) -> float:
+        """How far a quantile of the PSNR over prompts lies from the mean; see `robust`."""
+        return 0.0 if quantile is None else quantile_offset_db(self.profile.compounding, quantile, mean_db)
+
+    def reserve_db(self, quantile: float | None = None) -> float:
+        """What is kept in reserve for the error of the prediction; see `Compounding.reserve_db` and `robust`."""
+        compounding = self.profile.compounding
+        return compounding.reserve_db if quantile is None else quantile_reserve_db(compounding, quantile)
 
     def latency_s(self, steps: Sequence[str]) -> float:
         """Predicted denoising loop of a schedule."""
@@ -90,8 +113,19 @@ class Problem:
         error = float(schedule_errors(self.tables, np.array([[index[name] for name in steps]], dtype=np.int16))[0])
         return error if math.isfinite(error) else None
 
-    def predict(self, steps: Sequence[str], target: str = "") -> Predictions:
-        """Predictions for a fixed schedule.
+    @cached_property
+    def work(self) -> dict[str, float]:
+        """Denoiser evaluations on the critical path of one step, by pattern name; see `work`."""
+        units = CostModel(in_work_units(self.profile))
+        return {pattern.name: units.step(pattern).ideal_s for pattern in self.patterns}
+
+    def work_speedup(self, steps: Sequence[str]) -> float | None:
+        """Evaluations of the one-rank run over those of a schedule; None when that has none."""
+        spent = math.fsum(self.work[name] for name in steps)
+        return len(steps) * self.work[self.single.name] / spent if spent > 0 else None
+
+    def predict(self, steps: Sequence[str], target: str = "", quantile: float | None = None) -> Predictions:
+        """Predictions for a fixed schedule; with `quantile` also for that quantile over prompts.
 
         Raises:
             InputError: a step names a pattern that is no candidate.
@@ -100,16 +134,16 @@ class Problem:
         if unknown:
             raise InputError(f"the profile knows no pattern {unknown[0]!r}; it has {', '.join(self.by_name)}")
         latency, error = self.latency_s(steps), self.error(steps)
-        psnr = None if error is None else self.psnr_db(error)
+        psnr = None if error is None or math.isinf(self.psnr_db(error)) else self.psnr_db(error)
         return Predictions(
             latency_s=latency, single_s=self.single_s, speedup=self.single_s / latency,
-            ideal_speedup=self.ideal_speedup(steps), psnr_db=None if psnr is None or math.isinf(psnr) else psnr,
+            ideal_speedup=self.ideal_speedup(steps), work_speedup=self.work_speedup(steps), psnr_db=psnr,
+            quantile=quantile,
+            psnr_quantile_db=(
+                None if psnr is None or quantile is None else psnr + self.quantile_offset_db(quantile, psnr)
+            ),
             target=target,
         )
-
-
-def _fastest(profile: Profile, placed: Sequence[Pattern]) -> Pattern:
-    return min(placed, key=lambda pattern: step_cost(profile, pattern).latency_s) if len(placed) > 1 else placed[0]
 
 
 def _check_families(without: Iterable[str], cheap: Sequence[Pattern]) -> frozenset[str]:

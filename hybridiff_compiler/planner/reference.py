@@ -15,7 +15,7 @@ def alternating_plan(profile: Profile, plan: Plan, cheap: str = "reuse") -> Plan
     Raises:
         UsageError: the profile has no pattern `cheap`, or the plan no prediction.
     """
-    problem = Problem(profile, plan.world_size)
+    problem = Problem(profile, plan.world_size, ranks=plan.ranks)
     if cheap not in problem.by_name:
         raise UsageError(f"got pattern {cheap!r}, which the profile does not know; choose from {list(problem.by_name)}")
     exact = problem.exact.name
@@ -48,7 +48,7 @@ def fewer_steps(profile: Profile, plan: Plan) -> int:
     Raises:
         UsageError: the plan has no prediction.
     """
-    problem = Problem(profile, plan.world_size)
+    problem = Problem(profile, plan.world_size, ranks=plan.ranks)
     single, exact = (problem.costs[pattern.name].ideal_s for pattern in (problem.single, problem.exact))
     return max(1, round(profile.num_steps * single / _ideal_speedup(plan) / exact))
 

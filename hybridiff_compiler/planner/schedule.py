@@ -12,6 +12,10 @@ pointers recover one optimal schedule per point. O(steps^2 x ticks per step x tr
 Exactness: where the latencies are whole multiples of the tick (after taking out the smallest), the frontier is exact.
 Otherwise each is rounded, and for every schedule there is a frontier point with no more error that is slower by at
 most `Frontier.gap_s`; latencies and errors of the points themselves are recomputed without rounding.
+
+Problems too large for that (hundreds of steps) are solved for the supported points alone, those on the lower convex
+hull of the frontier, which needs no labels (`bound.Pricing`); between two neighbours nothing is known but the hull, so
+`gap_s` is then the largest step from one to the next.
 """
 
 from __future__ import annotations
@@ -23,16 +27,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..ir import UsageError
+from .bound import Pricing
 from .program import Program, to_ticks
 from .states import StateSpace, state_space
 from .tables import StepTable, schedule_errors
 
-__all__ = ["Frontier", "solve_frontier"]
+__all__ = ["Frontier", "one_exact", "solve_frontier"]
 
 CELL_BUDGET = 1_000_000_000
 """Label updates that a solve may take (about 3 ns each); fixes the default number of ticks."""
 MAX_STATES = 600
 """States beyond which ages are simplified (see `solve_frontier`)."""
+POINTER_BYTES = 1_000_000_000
+"""Back pointers that a solve may keep; fixes the number of ticks where `CELL_BUDGET` does not."""
+HULL_CELLS = 1_000_000_000
+"""Steps x patterns x states x prices that the search for supported points may touch (about 5 ns each)."""
 _FINEST, _COARSEST = 256, 16
 
 
@@ -53,6 +62,8 @@ class Frontier:
     """Labels kept over all steps: pairs of state and tick that some schedule reaches."""
     simplified: bool
     """Whether ages were simplified; the certificate then holds among the schedules that were left."""
+    supported_only: bool = False
+    """Whether the points are those on the lower convex hull alone."""
 
     def __len__(self) -> int:
         return len(self.latency_s)
@@ -85,7 +96,7 @@ def solve_frontier(
     Raises:
         UsageError: no exact table, or arguments out of range.
     """
-    tables = _one_exact(tables)
+    tables = one_exact(tables)
     if exact_head < 1 or exact_tail < 1 or num_steps < 1:
         raise UsageError(
             f"got {num_steps} steps with {exact_head} exact ones first and {exact_tail} last; each must be 1 or more"
@@ -93,21 +104,31 @@ def solve_frontier(
     used, space, simplified = _small_space(tables, max_states)
     latency = np.array([table.latency_s for table in used])
     edges = int((space.target >= 0).sum())
-    if ticks is None:
-        ticks = int(np.clip(2 * CELL_BUDGET / (num_steps**2 * edges), _COARSEST, _FINEST))
-    grid, rest = to_ticks(latency, ticks)
-    choices, labels = Program(used, space, grid).solve(num_steps, exact_head, exact_tail)
+    affordable = min(
+        2 * CELL_BUDGET / (num_steps**2 * max(1, edges)), POINTER_BYTES / (num_steps**2 * len(space))
+    )
+    if ticks is None and affordable < _COARSEST:
+        pricing = Pricing(used, num_steps, exact_head=exact_head, exact_tail=exact_tail, space=space)
+        prices = int(np.clip(HULL_CELLS / (num_steps * len(used) * len(space)), 8, 512))
+        choices = np.stack([point.choices for point in pricing.hull(prices)])
+        labels, gap_s, supported = prices * num_steps * len(space), None, True
+    else:
+        grid, rest = to_ticks(latency, ticks or int(np.clip(affordable, _COARSEST, _FINEST)))
+        choices, labels = Program(used, space, grid).solve(num_steps, exact_head, exact_tail)
+        gap_s, supported = num_steps * float(np.ptp(rest)), False
     error = schedule_errors(tables, choices)
     total = latency[choices].sum(axis=1)
     keep = _pareto(total, error)
+    if gap_s is None:
+        gap_s = float(np.diff(total[keep]).max(initial=0.0))
     return Frontier(
         names=tuple(table.pattern.name for table in used), latency_s=total[keep], error=error[keep],
-        choices=choices[keep], gap_s=num_steps * float(np.ptp(rest)), states=len(space), labels=labels,
-        simplified=simplified,
+        choices=choices[keep], gap_s=gap_s, states=len(space), labels=labels, simplified=simplified,
+        supported_only=supported,
     )
 
 
-def _one_exact(tables: Sequence[StepTable]) -> tuple[StepTable, ...]:
+def one_exact(tables: Sequence[StepTable]) -> tuple[StepTable, ...]:
     """`tables` with the fastest exact one alone: they all cause no error and leave the same state."""
     exact = [table for table in tables if table.pattern.is_exact]
     if not exact:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from ..ir import (
     WHOLE,
+    Certificate,
     FixedSchedule,
     InputError,
     Pattern,
@@ -19,22 +20,27 @@ from ..ir import (
     Profile,
     RankSpec,
     Schedule,
-    TargetError,
     UsageError,
 )
 from ..ir.versions import installed_versions
+from .certify import certify
 from .policy import paper_schedule, paper_window
 from .problem import Problem
+from .rescale import at_steps
 from .schedule import Frontier, solve_frontier
 from .tables import prune_dominated
+from .target import POLICIES, Target
+from .work import in_work_units
 from .worlds import check_gpus
 
-__all__ = ["POLICIES", "FrontierPoint", "frontier", "plan", "plan_for_steps", "solve_problem"]
+__all__ = [
+    "COSTS", "POLICIES", "CostUnits", "FrontierPoint", "frontier", "make_plan", "plan", "plan_for_steps",
+    "solve_problem",
+]
 
-Policy = Literal["exact", "paper"]
 Device = Literal["cpu", "cuda"]
-POLICIES: tuple[Policy, ...] = ("exact", "paper")
-_TOLERANCE = 1e-9
+CostUnits = Literal["measured", "work"]
+COSTS: tuple[CostUnits, ...] = ("measured", "work")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +56,10 @@ class FrontierPoint:
     """Predicted, over one rank."""
     ideal_speedup: float
     """Stage times alone."""
+    work_speedup: float | None = None
+    """In denoiser evaluations; see `Predictions.work_speedup`."""
+    psnr_quantile_db: float | None = None
+    """Of the quantile that was asked for."""
     steps: tuple[str, ...]
 
 
@@ -59,102 +69,146 @@ def plan(
     gpus: int = 2,
     min_psnr: float | None = None,
     speedup: float | None = None,
+    max_latency_ms: float | None = None,
     policy: str | None = None,
+    quantile: float | None = None,
+    num_inference_steps: int | None = None,
+    strength: float = 1.0,
+    costs: str = "measured",
     without: Iterable[str] = (),
     device: str | None = None,
+    speeds: Sequence[float] | None = None,
 ) -> Plan:
     """The best plan for a target.
 
     Args:
         profile: measurements of one denoiser.
-        gpus: ranks, 1 or 2.
+        gpus: ranks.
         min_psnr: lowest mean PSNR in dB, fastest schedule wins; `Compounding.reserve_db` is kept in reserve.
         speedup: predicted speed-up over one rank to reach, least error wins.
-        policy: `exact` (every step exact) or `paper` (the published adaptive rule). Exactly one target is given.
+        max_latency_ms: predicted time of the denoising loop not to exceed, least error wins.
+        policy: `exact` (every step exact) or `paper` (the published adaptive rule). One target is given, or `min_psnr`
+            and one of the two latencies.
+        quantile: `min_psnr` is for this quantile over prompts instead of the mean, e.g. 0.05.
+        num_inference_steps: plan for another number of steps than the profile's; see `at_steps`.
+        strength: of image-to-image; see `at_steps`.
+        costs: `measured` seconds, or `work`: denoiser evaluations, whatever the hardware (then `speedup` is in these
+            units; predictions are in both).
         without: families of patterns not to use, e.g. `reuse`.
         device: `cpu` or `cuda`; default: where the profile was measured.
+        speeds: of every rank, relative to the profiled device, where they differ; rank 0 is the driver and the one
+            that speed-ups are over.
 
     Raises:
-        UsageError: none or several targets, or an argument out of range.
-        TargetError: no schedule is so fast; the message names the fastest.
+        UsageError: no target or too many, or an argument out of range.
+        TargetError: no schedule reaches the target; the message names the nearest ones.
         InputError: the profile lacks the measurements that the target needs.
     """
-    target = _check_target(min_psnr, speedup, policy)
+    target = Target(
+        min_psnr=min_psnr, speedup=speedup, max_latency_ms=max_latency_ms, policy=policy, quantile=quantile
+    )
+    without = (without,) if isinstance(without, str) else tuple(without)
+    asked = " ".join([
+        str(target), *(["costs=work"] if costs == "work" else []),
+        *([f"without={','.join(without)}"] if without else []),
+        *([] if num_inference_steps is None else [f"steps={num_inference_steps}"]),
+        *([] if strength == 1 else [f"strength={strength:g}"]),
+    ])
     check_gpus(gpus)
-    ranks = (RankSpec(device=_device(profile, device)),) * gpus
+    if costs not in COSTS:
+        raise UsageError(f"got costs {costs!r}; choose from {', '.join(COSTS)}")
+    if costs == "work" and max_latency_ms is not None:
+        raise UsageError("work has no milliseconds; ask for a speedup, or plan with measured costs")
+    ranks = _ranks(_device(profile, device), gpus, speeds)
+    scaled = at_steps(profile, num_inference_steps, strength=strength)
     if policy == "paper":
-        return _paper_plan(profile, gpus, without, ranks, target)
-    problem = Problem(profile, gpus, without)
+        return _paper_plan(scaled, gpus, without, ranks, asked, profile)
+    problem = Problem(scaled, gpus, without, ranks=ranks)
     if policy == "exact":
-        return plan_for_steps(problem, (problem.exact.name,) * profile.num_steps, ranks, target)
-    solved = solve_problem(problem)
-    if min_psnr is not None:
-        point = _fastest_at(problem, solved, min_psnr + profile.compounding.reserve_db)
-    else:
-        assert speedup is not None, "one target is given"
-        point = _best_within(problem, solved, speedup)
-    return plan_for_steps(problem, solved.steps(point), ranks, target)
+        return plan_for_steps(problem, (problem.exact.name,) * scaled.num_steps, ranks, asked, source=profile)
+    solving = problem if costs == "measured" else Problem(in_work_units(scaled), gpus, without, ranks=ranks)
+    solved = solve_problem(solving)
+    point = target.choose(solving, solved)
+    return plan_for_steps(
+        problem, solved.steps(point), ranks, asked, quantile=quantile,
+        certificate=certify(solving, target, solved, point), source=profile,
+    )
 
 
-def frontier(profile: Profile, gpus: int = 2, without: Iterable[str] = ()) -> list[FrontierPoint]:
-    """Every Pareto-optimal trade of predicted latency against predicted error, fastest first.
+def frontier(
+    profile: Profile, gpus: int = 2, without: Iterable[str] = (), *, quantile: float | None = None,
+    num_inference_steps: int | None = None, strength: float = 1.0, costs: str = "measured",
+) -> list[FrontierPoint]:
+    """Every Pareto-optimal trade of predicted latency against predicted error, fastest first; arguments as for `plan`.
+
+    With `costs="work"` latencies are evaluations instead of seconds.
 
     Raises:
-        UsageError: `gpus` is not 1 or 2, or `without` names an unknown family.
+        UsageError: an argument is out of range, or `without` names an unknown family.
         InputError: the profile has no pattern errors.
     """
-    problem = Problem(profile, gpus, without)
+    scaled = at_steps(profile, num_inference_steps, strength=strength)
+    problem = Problem(in_work_units(scaled) if costs == "work" else scaled, gpus, without)
+    problem.quantile_offset_db(quantile, 0.0)  # refused before the work starts
     solved = solve_problem(problem)
     points = []
     for index in range(len(solved)):
         steps, latency, error = solved.steps(index), float(solved.latency_s[index]), float(solved.error[index])
-        psnr = problem.psnr_db(error)
+        psnr = None if math.isinf(problem.psnr_db(error)) else problem.psnr_db(error)
         points.append(FrontierPoint(
-            latency_s=latency, error=error, psnr_db=None if math.isinf(psnr) else psnr,
-            speedup=problem.single_s / latency, ideal_speedup=problem.ideal_speedup(steps), steps=steps,
+            latency_s=latency, error=error, psnr_db=psnr, speedup=problem.single_s / latency,
+            ideal_speedup=problem.ideal_speedup(steps), work_speedup=problem.work_speedup(steps),
+            psnr_quantile_db=None if psnr is None or quantile is None else problem.judged_db(error, quantile),
+            steps=steps,
         ))
     return points
 
 
-def plan_for_steps(problem: Problem, steps: Sequence[str], ranks: tuple[RankSpec, ...], target: str) -> Plan:
-    """A plan with a fixed schedule, its predictions filled in."""
+def plan_for_steps(
+    problem: Problem, steps: Sequence[str], ranks: tuple[RankSpec, ...], target: str, *,
+    quantile: float | None = None, certificate: Certificate | None = None, source: Profile | None = None,
+) -> Plan:
+    """A plan with a fixed schedule, its predictions filled in; `source` is the profile as measured."""
     used = [problem.by_name[name] for name in dict.fromkeys((*steps, problem.exact.name))]
     schedule = FixedSchedule(steps=tuple(steps))
-    return _make_plan(problem, used, schedule, ranks, problem.predict(steps, target))
+    predictions = problem.predict(steps, target, quantile)
+    return make_plan(problem, used, schedule, ranks, predictions, certificate=certificate, source=source)
 
 
 def _paper_plan(
-    profile: Profile, gpus: int, without: Iterable[str], ranks: tuple[RankSpec, ...], target: str
+    profile: Profile, gpus: int, without: Iterable[str], ranks: tuple[RankSpec, ...], target: str, source: Profile
 ) -> Plan:
-    problem = Problem(profile, gpus, without)
+    problem = Problem(profile, gpus, without, ranks=ranks)
     if "paper" in problem.excluded:
         raise UsageError("the policy 'paper' cannot do without the family 'paper'; drop one of the two")
     window = paper_window(profile, gpus)
-    problem = Problem(profile, gpus, without, extra=(window,))
+    problem = Problem(profile, gpus, without, extra=(window,), ranks=ranks)
     schedule = paper_schedule(profile, problem.exact.name, window.name)
     typical = schedule.resolve(profile.guidance.mean if profile.guidance is not None else ())
     predictions = problem.predict(typical.steps, target)
-    return _make_plan(problem, [problem.exact, window], schedule, ranks, predictions)
+    return make_plan(problem, [problem.exact, window], schedule, ranks, predictions, source=source)
 
 
-def _make_plan(
+def make_plan(
     problem: Problem, patterns: Sequence[Pattern], schedule: Schedule, ranks: tuple[RankSpec, ...],
-    predictions: Predictions,
+    predictions: Predictions, *, certificate: Certificate | None = None, source: Profile | None = None,
 ) -> Plan:
+    """A plan of the problem's model with these tables."""
     profile = problem.profile
     partitions = dict.fromkeys(pattern.partition for pattern in patterns if pattern.partition != WHOLE)
     return Plan(
         model=profile.model, ranks=ranks, partitions=tuple(profile.partition(name) for name in partitions),
         patterns=tuple(patterns), exact=problem.exact.name, schedule=schedule, predictions=predictions,
+        certificate=certificate,
         provenance=PlanProvenance(
-            created=datetime.now(UTC).isoformat(timespec="seconds"), profile_sha256=profile.digest(),
+            created=datetime.now(UTC).isoformat(timespec="seconds"), profile_sha256=(source or profile).digest(),
             versions=installed_versions("hybridiff-compiler", "numpy"),
         ),
     )
 
 
-def solve_problem(problem: Problem) -> Frontier:
-    """The frontier over the candidates that no other beats.
+def solve_problem(problem: Problem, *, exact_head: int = 1) -> Frontier:
+    """The frontier over the candidates that no other beats; the first `exact_head` steps are exact.
 
     Raises:
         InputError: the profile has no pattern errors.
@@ -164,42 +218,7 @@ def solve_problem(problem: Problem) -> Frontier:
             "the profile holds no pattern errors, so image quality cannot be predicted; use the policy 'exact' or "
             "'paper', or profile the model again with trained weights and prompts"
         )
-    return solve_frontier(prune_dominated(problem.tables), problem.profile.num_steps)
-
-
-def _fastest_at(problem: Problem, solved: Frontier, psnr_db: float) -> int:
-    """The first point whose predicted PSNR suffices; the exact schedule always does."""
-    return next(i for i in range(len(solved)) if problem.psnr_db(float(solved.error[i])) >= psnr_db - _TOLERANCE)
-
-
-def _best_within(problem: Problem, solved: Frontier, speedup: float) -> int:
-    """The last point (least error) that is fast enough."""
-    budget = problem.single_s / speedup * (1 + _TOLERANCE)
-    fast = [i for i in range(len(solved)) if solved.latency_s[i] <= budget]
-    if not fast:
-        best = problem.single_s / float(solved.latency_s[0])
-        raise TargetError(
-            f"no schedule on {problem.gpus} GPU{'s' if problem.gpus > 1 else ''} is predicted to be {speedup:g}x as "
-            f"fast as one; the fastest reaches {math.floor(best * 100) / 100:.2f}x at "
-            f"{problem.psnr_db(float(solved.error[0])):.1f} dB; ask for less or allow more patterns"
-        )
-    return fast[-1]
-
-
-def _check_target(min_psnr: float | None, speedup: float | None, policy: str | None) -> str:
-    given = {name: value for name, value in (("min_psnr", min_psnr), ("speedup", speedup), ("policy", policy))
-             if value is not None}
-    if len(given) != 1:
-        got = ", ".join(f"{name}={value}" for name, value in given.items()) or "none"
-        raise UsageError(f"got targets: {got}; give exactly one of min_psnr, speedup and policy")
-    if policy is not None and policy not in POLICIES:
-        raise UsageError(f"got policy {policy!r}; choose from {', '.join(POLICIES)}")
-    if min_psnr is not None and not math.isfinite(min_psnr):
-        raise UsageError(f"got min_psnr={min_psnr}; give a number of decibels, e.g. 35, or the policy 'exact'")
-    if speedup is not None and not (math.isfinite(speedup) and speedup > 0):
-        raise UsageError(f"got speedup={speedup}; give a factor above 0, e.g. 3")
-    name, value = next(iter(given.items()))
-    return f"{name}={value:g}" if isinstance(value, float | int) else f"{name}={value}"
+    return solve_frontier(prune_dominated(problem.tables), problem.profile.num_steps, exact_head=exact_head)
 
 
 def _device(profile: Profile, device: str | None) -> Device:
@@ -208,3 +227,10 @@ def _device(profile: Profile, device: str | None) -> Device:
     if device == "cpu" or device == "cuda":
         return "cpu" if device == "cpu" else "cuda"
     raise UsageError(f"got device {device!r}; choose cpu or cuda")
+
+
+def _ranks(device: Device, gpus: int, speeds: Sequence[float] | None) -> tuple[RankSpec, ...]:
+    each = (1.0,) * gpus if speeds is None else tuple(speeds)
+    if len(each) != gpus or not all(math.isfinite(speed) and speed > 0 for speed in each):
+        raise UsageError(f"got speeds {list(each)} for {gpus} GPUs; give one above 0 for each, rank 0 first")
+    return tuple(RankSpec(device=device, speed=speed) for speed in each)

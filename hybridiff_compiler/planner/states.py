@@ -42,13 +42,15 @@ class StateSpace:
     def __len__(self) -> int:
         return len(self.ages)
 
+    def error(self, tables: Sequence[StepTable], step: int, pattern: int) -> NDArray[np.float64]:
+        """`[state]`: error of running `step` by `pattern`; meaningless where it may not run."""
+        if tables[pattern].pattern.is_exact:
+            return np.zeros(len(self))
+        return tables[pattern].errors(step, self.activation_age[pattern], self.memory_age[pattern])
+
     def errors(self, tables: Sequence[StepTable], step: int) -> NDArray[np.float64]:
         """`[pattern, state]`: error of running `step` so; infinite where it may not run."""
-        result = np.zeros(self.target.shape)
-        for p, table in enumerate(tables):
-            if table.pattern.is_exact:
-                continue
-            result[p] = table.errors(step, self.activation_age[p], self.memory_age[p])
+        result = np.stack([self.error(tables, step, p) for p in range(len(tables))])
         result[self.target < 0] = np.inf
         return result
 
@@ -105,15 +107,14 @@ def _reads(tables: Sequence[StepTable], index: int, cautious: bool) -> list[Cloc
     table = tables[index]
     if table.activations is None:
         return []
+    slots = {(read.branch, read.stage) for unit in table.pattern.units for read in unit.reads if read.stale}
+    computed = [
+        frozenset((unit.branch, unit.stage) for unit in other.pattern.units)
+        if not other.pattern.is_exact and other.pattern.partition == table.pattern.partition else frozenset()
+        for other in tables
+    ]
     clocks = set()
-    for unit in table.pattern.units:
-        for read in unit.reads:
-            if read.stale:
-                slot = (table.pattern.partition, read.branch, read.stage)
-                clock = frozenset(
-                    p for p, other in enumerate(tables)
-                    if not other.pattern.is_exact and other.pattern.partition == slot[0]
-                    and other.pattern.unit(read.branch, read.stage) is not None
-                )
-                clocks.add(clock if index in clock or not cautious else _EXACT_ONLY)
+    for slot in slots:
+        clock = frozenset(p for p, units in enumerate(computed) if slot in units)
+        clocks.add(clock if index in clock or not cautious else _EXACT_ONLY)
     return [clock for clock in sorted(clocks, key=sorted) if not any(other < clock for other in clocks)]

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ..ir import NEVER, AgeModel, Combine, InputError, Pattern, PatternErrors, UsageError
+from ..ir import NEVER, AgeModel, Branch, Combine, InputError, Pattern, PatternErrors, UsageError
 
 __all__ = ["StepTable", "prune_dominated", "schedule_errors", "step_tables"]
 
+Slot = tuple[str, Branch, int]
 _REMEMBERING = (Combine.DELTA, Combine.LAST)
 
 
@@ -101,24 +102,36 @@ def schedule_errors(tables: Sequence[StepTable], choices: NDArray[np.int16]) -> 
     patterns = [table.pattern for table in tables]
     model = AgeModel.of(patterns)
     slots = {slot: number for number, slot in enumerate(model.slots, start=1)}
+    used = np.unique(choices)
+    reads = {index: _slots_read(patterns[index], slots) for index in used}
+    renewed = {index: _slots_renewed(patterns[index], slots) for index in used}
     ages = np.full((len(choices), 1 + len(slots)), NEVER, dtype=np.int64)
     total = np.zeros(len(choices))
     for step, column in enumerate(choices.T):
         after = np.minimum(ages + 1, NEVER)
         for index in np.unique(column):
             rows, table = np.flatnonzero(column == index), tables[index]
-            pattern = table.pattern
-            if pattern.is_exact:
+            if table.pattern.is_exact:
                 after[rows] = 1
                 continue
-            read = [slots[pattern.partition, r.branch, r.stage] for u in pattern.units for r in u.reads if r.stale]
-            oldest = ages[rows][:, read].max(axis=1) if read else None
+            read = reads[index]
+            oldest = ages[np.ix_(rows, read)].max(axis=1) if len(read) else None
             total[rows] += table.errors(step, oldest, ages[rows, 0])
-            for unit in pattern.units:
-                if (slot := slots.get((pattern.partition, unit.branch, unit.stage))) is not None:
-                    after[rows, slot] = 1
+            after[np.ix_(rows, renewed[index])] = 1
         ages = after
     return total
+
+
+def _slots_read(pattern: Pattern, slots: Mapping[Slot, int]) -> NDArray[np.int64]:
+    """Slots whose oldest is the age of the pattern's stale activations."""
+    keys = {(pattern.partition, read.branch, read.stage) for u in pattern.units for read in u.reads if read.stale}
+    return np.array(sorted(slots[key] for key in keys), dtype=np.int64)
+
+
+def _slots_renewed(pattern: Pattern, slots: Mapping[Slot, int]) -> NDArray[np.int64]:
+    """Slots that the pattern computes anew."""
+    keys = [(pattern.partition, unit.branch, unit.stage) for unit in pattern.units]
+    return np.array(sorted(slots[key] for key in keys if key in slots), dtype=np.int64)
 
 
 def prune_dominated(tables: Sequence[StepTable]) -> tuple[StepTable, ...]:

@@ -1,6 +1,7 @@
 """Profiling: layer and stage times, discrepancy curves, and what each cheaper way to run a step does to the image."""
 
+from .errors import ErrorSettings
 from .generate import Generation
 from .session import ProfileSession, Progress
 
-__all__ = ["Generation", "ProfileSession", "Progress"]
+__all__ = ["ErrorSettings", "Generation", "ProfileSession", "Progress"]

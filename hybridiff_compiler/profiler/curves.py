@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy.interpolate import PchipInterpolator
 
 from ..ir import ErrorCurve, PatternErrors
 from .record import Option
 from .sensitivity import Sketches, image_error
 
-__all__ = ["error_curves"]
+__all__ = ["error_curves", "fill_table"]
 
 
 def error_curves(
@@ -18,8 +20,11 @@ def error_curves(
 ) -> tuple[PatternErrors, ...]:
     """The curves of every pattern, with a column for every age from 1 to the largest measured.
 
-    Ages between measured ones are interpolated linearly (error grows about linearly with age). Steps too early for an
-    age to occur take the error of the oldest age that can, scaled by the ratio of ages; no schedule can use them.
+    Args:
+        batches: sketches of the measured (step, option) pairs; every batch has the same ones.
+        options: everything that was measured at some step.
+        ages: ages that were measured (of patterns whose error depends on one).
+        num_steps: steps of a generation.
     """
     patterns: dict[str, dict[str, list[Option]]] = {}
     for option in options:
@@ -28,29 +33,42 @@ def error_curves(
     for pattern, sources in patterns.items():
         curves = []
         for source, members in sources.items():
-            rows = [_row(batches, members, step, ages, source == "none") for step in range(num_steps)]
-            curves.append(ErrorCurve(source=members[0].source, rmse=_fill_first_rows(rows)))
+            known = {
+                (step, option.age): image_error([batch.steps[step][option] for batch in batches], batches[0].pixels)
+                for step in range(num_steps) for option in members if option in batches[0].steps[step]
+            }
+            table = fill_table(known, num_steps, 1 if source == "none" else max(ages))
+            rows = tuple(tuple(float(f"{value:.6g}") for value in row) for row in table)
+            curves.append(ErrorCurve(source=members[0].source, rmse=rows))
         results.append(PatternErrors(pattern=pattern, curves=tuple(curves)))
     return tuple(results)
 
 
-def _row(
-    batches: Sequence[Sketches], members: Sequence[Option], step: int, ages: Sequence[int], ageless: bool
-) -> tuple[float, ...] | None:
-    known = {
-        option.age: image_error([batch.steps[step][option] for batch in batches], batches[0].pixels)
-        for option in members if option in batches[0].steps[step]
-    }
-    if not known:
-        return None
-    if ageless:
-        return (known[1],)
-    oldest = max(known)
-    row = np.interp(range(1, max(ages) + 1), list(known), list(known.values()))
-    return tuple(float(f"{value * max(1.0, age / oldest):.6g}") for age, value in enumerate(row, start=1))
+def fill_table(known: Mapping[tuple[int, int], float], num_steps: int, max_age: int) -> NDArray[np.float64]:
+    """Errors at every step and age from those at some, `[step, age - 1]`.
 
+    Of logarithms: between steps monotone cubic interpolation for each measured age, then between ages straight lines
+    over the logarithm of the age (error grows about as a power of it). Ages older than those measured at a step grow
+    in proportion. Steps too early for any age repeat the first measured row; no schedule can use them.
 
-def _fill_first_rows(rows: Sequence[tuple[float, ...] | None]) -> tuple[tuple[float, ...], ...]:
-    """Rows of steps at which nothing old exists yet (step 0) repeat the first measured row; none can be used there."""
-    first = next(row for row in rows if row is not None)
-    return tuple(row if row is not None else first for row in rows)
+    Args:
+        known: positive errors by (step, age); age 1 among them.
+        num_steps, max_age: size of the table.
+    """
+    columns: dict[int, NDArray[np.float64]] = {}
+    for age in sorted({age for _, age in known}):
+        steps = sorted(step for step, other in known if other == age)
+        logs = np.log([known[step, age] for step in steps])
+        inside = np.arange(steps[0], num_steps)
+        column = np.full(num_steps, np.nan)
+        column[inside] = PchipInterpolator(steps, logs)(np.minimum(inside, steps[-1])) if len(steps) > 1 else logs[0]
+        columns[age] = column
+    table = np.empty((num_steps, max_age))
+    every = np.arange(1, max_age + 1)
+    first = min(step for step, _ in known)
+    for step in range(first, num_steps):
+        ages = [age for age, column in columns.items() if np.isfinite(column[step])]
+        row = np.exp(np.interp(np.log(every), np.log(ages), [columns[age][step] for age in ages]))
+        table[step] = row * np.maximum(1.0, every / ages[-1])
+    table[:first] = table[first]
+    return table

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,10 @@ class Generation:
     """Prompt k starts from seed + k."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further keyword arguments of the pipeline call."""
+
+    def at(self, guidance_scale: float) -> Generation:
+        """The same generations at another guidance scale."""
+        return replace(self, guidance_scale=guidance_scale)
 
     def latents(self, prompts: Sequence[str], handler: StepHandler, first: int = 0) -> Tensor:
         """Final latents of `prompts`, generated together; `first` is the index of the first prompt."""

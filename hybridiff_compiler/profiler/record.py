@@ -1,8 +1,8 @@
 """Recording exact generations: what the denoiser got and gave at every step, and what each pattern would have given.
 
-While an exact generation runs, every candidate pattern is evaluated at every step with caches of every wanted age, and
-the difference of its guided estimate from the exact one is kept. That costs one cheap step per (step, pattern, age),
-never a finished generation.
+While an exact generation runs, every candidate pattern is evaluated with caches of the wanted ages, and the difference
+of its guided estimate from the exact one is kept. That costs one cheap step per (step, pattern, age), never a finished
+generation; segments that several patterns share are evaluated once.
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ir import BRANCHES, Branch, CallSignature, Combine, Pattern, Unit, UsageError
+from ..ir import BRANCHES, WHOLE, Branch, CallSignature, Combine, Pattern, Segment, UsageError, lower
 from ..ir.profile import Source
 from ..runtime.estimates import EstimateMemory
 from ..runtime.intercept import GuidedCall
 from ..runtime.schedule_state import discrepancy
 from ..runtime.segments import SegmentRunner, Slot
 from ..runtime.simulator import run_pattern
+from .grid import FULL, Grid
 
 __all__ = ["Option", "Recorder", "Recording", "guided", "options_of"]
 
@@ -47,7 +48,10 @@ class Recording:
     rel_mae: list[list[float]] = field(default_factory=list)
     """Per step, per image."""
     deviations: list[dict[Option, Tensor]] = field(default_factory=list)
-    """Per step: guided estimate of the option minus the exact one, [P, ...]; options older than the step are absent."""
+    """Per step: guided estimate of the option minus the exact one, [P, ...]; options off the grid are absent."""
+    changes: list[dict[str, float]] = field(default_factory=list)
+    """Per step from the second on, per value that a pattern reads: mean |value - value of the step before| over mean
+    |value of the step before|, both branches and all images together."""
     scheduler: Any = None
     """Copy of the scheduler as it was when denoising began."""
 
@@ -85,6 +89,7 @@ class Recorder:
         patterns: Sequence[Pattern],
         options: Sequence[Option],
         guidance_scale: float,
+        grid: Grid = FULL,
         on_step: Callable[[int, int], None] = lambda step, steps: None,
     ) -> None:
         """
@@ -94,15 +99,16 @@ class Recorder:
             patterns: candidates, an exact one first that computes the branches one by one.
             options: what to measure.
             guidance_scale: g of the guided estimate.
+            grid: at which steps which ages are measured.
             on_step: progress callback (step, number of steps).
         """
         self._scheduler, self._runner, self._on_step = scheduler, runner, on_step
         self._patterns = {pattern.name: pattern for pattern in patterns}
         self._exact = patterns[0]
-        self._options, self._guidance_scale = options, guidance_scale
+        self._options, self._guidance_scale, self._grid = options, guidance_scale, grid
         depth = max((option.age for option in options), default=0)
         self._values: deque[dict[Slot, Tensor]] = deque(maxlen=depth + 1)
-        self._evaluated: dict[tuple[str, tuple[Unit, ...], int], dict[Branch, Tensor]] = {}
+        self._evaluated: dict[tuple[Segment, int], tuple[dict[Branch, Tensor], dict[Slot, Tensor]]] = {}
         self.recording = Recording()
 
     def start(self, num_steps: int, signature: CallSignature) -> bool:
@@ -121,13 +127,18 @@ class Recorder:
         record.inputs.append(call.inputs)
         record.pairs.append(pair)
         images = pair["uncond"].shape[0]
-        record.rel_mae.append([float(discrepancy({b: pair[b][i] for b in BRANCHES})) for i in range(images)])
+        each = [discrepancy({branch: pair[branch][i] for branch in BRANCHES}) for i in range(images)]
+        record.rel_mae.append(torch.stack(each).tolist())
+        if len(self._values) > 1:
+            record.changes.append(_changes(values, self._values[1]))
         exact = guided(pair, self._guidance_scale)
         self._evaluated.clear()
+        ages = self._grid.ages_at(call.step, call.num_steps)
         record.deviations.append(
             {option: guided(self._estimate(option, call), self._guidance_scale) - exact
-             for option in self._options if option.age <= call.step}
+             for option in self._options if option.age in ages}
         )
+        self._evaluated.clear()
         self._on_step(call.step, call.num_steps)
         return pair
 
@@ -140,7 +151,42 @@ class Recorder:
             return memory.pair(pattern.combine, {b: pairs[-1][b] for b in pattern.estimated_branches})
         memory.preset(pairs[-1])
         age = option.age if option.source == "activations" else 0
-        key = (pattern.partition, pattern.units, age)
-        if key not in self._evaluated:  # patterns that differ in their combination alone share the evaluation
-            self._evaluated[key], _ = run_pattern(self._runner, pattern, call.inputs, self._values[age])
-        return memory.pair(pattern.combine, self._evaluated[key])
+        return memory.pair(pattern.combine, self._evaluate(pattern, age, call))
+
+    def _evaluate(self, pattern: Pattern, age: int, call: GuidedCall) -> dict[Branch, Tensor]:
+        """The estimates that `pattern` computes when everything it reads stale is `age` steps old."""
+        computed: dict[Branch, Tensor] = {}
+        written: dict[Slot, Tensor] = {}
+        for segment in lower(pattern):
+            if segment.partition == WHOLE:  # reads nothing from outside, so it computes what the exact step has
+                computed.update({branch: self.recording.pairs[-1][branch] for branch in segment.branches})
+                continue
+            reads = self._runner.values_read(segment)
+            if all(read.stale for read in reads):  # patterns that have such a segment in common share its evaluation
+                key = (replace(segment, rank=0), age)
+                if key not in self._evaluated:
+                    taken = {read.source: self._values[age][read.source] for read in reads}
+                    self._evaluated[key] = self._runner.run(segment, call.inputs, taken)
+                estimates, new = self._evaluated[key]
+            else:
+                taken = {r.source: (self._values[age] if r.stale else written)[r.source] for r in reads}
+                estimates, new = self._runner.run(segment, call.inputs, taken)
+            computed.update(estimates)
+            written.update(new)
+        return computed
+
+
+def _changes(values: Mapping[Slot, Tensor], before: Mapping[Slot, Tensor]) -> dict[str, float]:
+    """Relative change of every value between two steps, all branches together."""
+    moved: dict[str, Tensor] = {}
+    size: dict[str, Tensor] = {}
+    for slot, value in values.items():
+        previous = before[slot].float()
+        name = slot[1]
+        moved[name] = moved.get(name, 0) + (value.float() - previous).abs().mean()
+        size[name] = size.get(name, 0) + previous.abs().mean()
+    names = list(moved)
+    if not names:
+        return {}
+    ratios = torch.stack([moved[name] for name in names]) / torch.stack([size[name] for name in names]).clamp_min(1e-30)
+    return dict(zip(names, ratios.tolist()))

@@ -23,7 +23,7 @@ from ..runtime.simulator import run_pattern
 from .linear import SamplerMap
 from .record import Option, Recording, guided
 
-__all__ = ["Sketches", "image_error", "propagate", "pull_back_images"]
+__all__ = ["Sketches", "image_error", "propagate", "pull_back_images", "standard_error_db"]
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,18 @@ def _pull_back(
 
 
 def image_error(sketches: Sequence[Tensor], pixels: int) -> float:
-    """Geometric mean over images of the final image's RMS error, from projections ([K, P] each, P may differ).
+    """Geometric mean over images of the final image's RMS error, from projections ([K, P] each, P may differ)."""
+    return math.exp(0.5 * float(_log_powers(sketches, pixels).mean()))
+
+
+def standard_error_db(sketches: Sequence[Tensor]) -> float:
+    """Standard error of `20 log10(image_error)`, from the spread over images; 0 for a single image."""
+    logs = _log_powers(sketches, 1)
+    return float(logs.std() / math.sqrt(len(logs))) * 10 / math.log(10) if len(logs) > 1 else 0.0
+
+
+def _log_powers(sketches: Sequence[Tensor], pixels: int) -> Tensor:
+    """Per image, the logarithm of the mean square error.
 
     The mean of the logarithm of a K-probe estimate is biased by `digamma(K/2) - log(K/2)`, which is taken out.
     """
@@ -120,4 +131,4 @@ def image_error(sketches: Sequence[Tensor], pixels: int) -> float:
         probes = sketch.shape[0]
         power = sketch.pow(2).mean(dim=0).clamp_min(1e-24) / pixels
         logs.append(power.log() - (float(digamma(probes / 2)) - math.log(probes / 2)))
-    return math.exp(0.5 * float(torch.cat(logs).mean()))
+    return torch.cat(logs)

@@ -3,44 +3,33 @@
 from __future__ import annotations
 
 import datetime
-import math
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..ir import (
-    Compounding,
     Costs,
-    FixedSchedule,
-    Guidance,
     LayerGraph,
     ModelInfo,
     Partition,
     Pattern,
-    Plan,
     PlanMismatchError,
     Profile,
     Provenance,
-    RankSpec,
     UsageError,
 )
 from ..ir.versions import installed_versions
-from ..quality import MAX_PSNR_DB, psnr
 from ..runtime.intercept import find_denoiser
-from ..runtime.segments import SegmentRunner, scale_signature
-from ..runtime.simulator import Simulator
-from .compounding import fit_compounding
-from .costs import measure_layers, measure_segments
-from .curves import error_curves
-from .decode import decoder_of
+from ..runtime.segments import SegmentRunner
+from .attribution import weighted
+from .compounding import fit_schedules
+from .errors import ErrorMeasurement, ErrorSettings
 from .generate import FirstCall, Generation, noise_levels, prompts_digest
-from .linear import sampler_map
-from .record import Recorder, guided, options_of
-from .sensitivity import Sketches, propagate, pull_back_images
+from .partial import Partial, weights_digest
+from .settling import Tables, measure_costs
 from .timing import pinned_threads
 
 __all__ = ["ProfileSession", "Progress"]
@@ -48,8 +37,8 @@ __all__ = ["ProfileSession", "Progress"]
 Progress = Callable[[str, int, int], None]
 """Called with (stage of the session, done, total)."""
 
-Tables = Callable[[LayerGraph, Sequence[float]], tuple[tuple[Partition, ...], tuple[Pattern, ...]]]
-Proposals = Callable[[Profile], Sequence[tuple[tuple[str, ...], float]]]
+Proposals = Callable[[Profile], Sequence[tuple[tuple[str, ...], str]]]
+"""From the profile so far, schedules to measure whole, each with its kind (`solved` or `random`)."""
 
 
 class ProfileSession:
@@ -62,24 +51,39 @@ class ProfileSession:
         *,
         name: str,
         threads: int | None,
-        probes: int = 4,
-        ages: Sequence[int] = (1, 2, 3, 5, 8),
-        images_per_batch: int = 8,
+        errors: ErrorSettings | None = None,
+        guidance_scales: Sequence[float] = (),
         rounds: int = 15,
         backend: str = "eager",
         random_weights: bool = False,
+        partial: Path | None = None,
+        tables_for: str = "",
         on_progress: Progress | None = None,
     ) -> None:
+        """
+        Args:
+            generation: how images are made.
+            prompts: calibration prompts.
+            name: for display.
+            threads: CPU threads while costs are timed (None: as torch is set).
+            errors: how finely errors are measured.
+            guidance_scales: further guidance scales at which the discrepancy is recorded.
+            rounds: timings per layer and stage.
+            backend: see `hybridiff_compiler.backends`; of the costs.
+            random_weights: mark the profile as good for latency only.
+            partial: file that keeps the state of an unfinished session; one that exists is continued.
+            tables_for: tells apart sessions over different tables, for `partial`.
+            on_progress: called with (stage, done, total).
+        """
         if not prompts:
             raise UsageError("got no prompts; give at least one (a dozen or more for a profile to trust)")
         self._generation, self._prompts, self._name = generation, list(prompts), name
-        self._threads, self._probes, self._ages = threads, probes, tuple(ages)
-        self._chunk, self._rounds, self._backend = images_per_batch, rounds, backend
-        self._random_weights = random_weights
+        self._threads, self._errors = threads, errors or ErrorSettings()
+        self._scales = [scale for scale in dict.fromkeys(guidance_scales) if scale != generation.guidance_scale]
+        self._rounds, self._backend, self._partial_path = rounds, backend, partial
+        self._random_weights, self._tables_for = random_weights, tables_for
         self._progress: Progress = on_progress or (lambda stage, done, total: None)
         _, self._denoiser = find_denoiser(generation.pipe)
-        self._runners: dict[int, SegmentRunner] = {}
-        self._final: list[Tensor] = []
 
     def measure(self, tables: Tables, proposals: Proposals, known: Profile | None = None) -> Profile:
         """Run the whole session.
@@ -106,41 +110,88 @@ class ProfileSession:
     def _measure(self, tables: Tables, proposals: Proposals, known: Profile | None) -> Profile:
         first = FirstCall()
         self._generation.latents(self._prompts[:1], first)
-        signature, call = first.require()
+        self._signature, call = first.require()
         levels = noise_levels(self._generation.pipe.scheduler, first.num_steps)
         self._progress("capture", 0, 1)
-        bare = SegmentRunner(self._denoiser, signature, (), ())
+        bare = SegmentRunner(self._denoiser, self._signature, (), ())
         self._progress("capture", 1, 1)
-        with pinned_threads(self._threads):
-            layers = {
-                branches: measure_layers(
-                    bare, call.inputs, branches, rounds=self._rounds, backend=self._backend,
-                    on_progress=lambda done, total: self._progress("layer times", done, total),
-                )[0]
-                for branches in (1, 2)
-            }
-            if known is None:
-                self._partitions, self._patterns = tables(bare.layers, layers[1])
-            else:
-                self._check_same(known, bare.layers)
-                self._partitions, self._patterns = known.partitions, known.patterns
-            self._exact = next(p for p in self._patterns if p.is_exact and p.world_size == 2)
-            runner = self._runner(signature, 1)
-            stages = measure_segments(
-                runner, call.inputs, self._exact, self._patterns, rounds=self._rounds,
-                on_progress=lambda done, total: self._progress("stage times", done, total),
-            )
-        costs = Costs(layers=layers, stages=stages, step_overhead_s=first.step_overhead())
-        self._signature = signature
+        graph = bare.layers
+        if known is not None:
+            self._check_same(known, graph)
+        partial = Partial(None if known is not None else self._partial_path, self._settings(graph))
+        if partial.found:
+            self._progress(f"continuing {self._partial_path} ({partial.found} parts are done)", 1, 1)
+        kept = partial.get("costs")
+        if kept is not None:
+            costs = Costs.model_validate(kept[1]["costs"])
+            self._partitions = tuple(Partition.model_validate(each) for each in kept[1]["partitions"])
+            self._patterns = tuple(Pattern.model_validate(each) for each in kept[1]["patterns"])
+        else:
+            costs = self._measure_costs(bare, call.inputs, tables, known, first.step_overhead())
+            partial.put("costs", {
+                "costs": costs.model_dump(mode="json"),
+                "partitions": [each.model_dump(mode="json") for each in self._partitions],
+                "patterns": [each.model_dump(mode="json") for each in self._patterns],
+            })
         if known is not None:
             return known.model_copy(update={
-                "model": self._model(runner.layers), "costs": costs, "provenance": self._provenance(),
+                "model": self._model(graph), "costs": costs, "provenance": self._provenance(),
                 "noise_levels": levels, "errors_provenance": known.errors_provenance or known.provenance,
             })
-        profile = self._with_errors(costs, runner.layers)
+        profile = self._with_errors(costs, graph, levels, proposals, partial)
+        partial.remove()
+        return profile
+
+    def _measure_costs(
+        self, bare: SegmentRunner, inputs: Any, tables: Tables, known: Profile | None, step_overhead_s: float
+    ) -> Costs:
+        with pinned_threads(self._threads):
+            measured = measure_costs(
+                self._denoiser, bare, inputs,
+                tables if known is None else lambda graph, costs: (known.partitions, known.patterns),
+                backend=self._backend, rounds=self._rounds, step_overhead_s=step_overhead_s,
+                on_progress=self._progress,
+            )
+        self._partitions, self._patterns = measured.partitions, measured.patterns
+        return measured.costs
+
+    def _with_errors(
+        self, costs: Costs, graph: LayerGraph, levels: tuple[float, ...], proposals: Proposals, partial: Partial
+    ) -> Profile:
+        measurement = ErrorMeasurement(
+            self._generation, self._prompts, self._denoiser, self._signature, self._partitions, self._patterns,
+            self._errors, partial, self._progress,
+        )
+        curves = measurement.curves()
+        profile = Profile(
+            model=self._model(graph), graph=graph, costs=costs, num_steps=curves.num_steps,
+            scheduler=type(self._generation.pipe.scheduler).__name__, guidance_scale=self._generation.guidance_scale,
+            noise_levels=levels, guidance=curves.guidance,
+            further_guidance=tuple(measurement.guidance_at(scale) for scale in self._scales),
+            redundancy=curves.redundancy, partitions=self._partitions, patterns=self._patterns, errors=curves.errors,
+            sampling=curves.sampling, provenance=self._provenance(),
+        )
+        fit = fit_schedules(measurement.schedules(profile.model, profile.errors, proposals(profile)))
+        by_name = {pattern.name: pattern for pattern in profile.patterns}
         return profile.model_copy(update={
-            "noise_levels": levels, "compounding": self._fit(profile, proposals(profile)),
+            "errors": weighted(profile.errors, by_name, fit.weights), "compounding": fit.compounding,
+            "sampling": curves.sampling.model_copy(update={"weights": fit.weights}),
         })
+
+    def _settings(self, graph: LayerGraph) -> dict[str, str]:
+        """Everything that decides what this session measures."""
+        generation, source = self._generation, self._provenance()
+        return {
+            "model": graph.fingerprint()[:16], "weights": weights_digest(self._denoiser)[:16],
+            "pipeline": type(generation.pipe).__name__, "scheduler": repr(generation.pipe.scheduler.config),
+            "steps": str(generation.num_inference_steps), "guidance scale": f"{generation.guidance_scale:g}",
+            "seed": str(generation.seed), "options": repr(sorted(generation.options.items())),
+            "prompts": source.prompts_sha256[:16], "precision of the errors": repr(self._errors),
+            "tables": self._tables_for, "threads": str(self._threads), "rounds": str(self._rounds),
+            "backend": self._backend,
+            "device": source.device, "dtype": str(next(self._denoiser.parameters()).dtype),
+            "versions": repr(sorted(source.versions.items())),
+        }
 
     def _check_same(self, known: Profile, graph: LayerGraph) -> None:
         pipe, generation = self._generation.pipe, self._generation
@@ -158,78 +209,6 @@ class ProfileSession:
                     f"errors cannot be taken over from this profile: its {what} is {theirs[what]}, this pipeline's "
                     f"is {value}; measure the errors here"
                 )
-
-    def _runner(self, signature: Any, images: int) -> SegmentRunner:
-        if images not in self._runners:
-            self._runners[images] = SegmentRunner(
-                self._denoiser, scale_signature(signature, 1, images), self._patterns, self._partitions, batch=images,
-                backend=self._backend,
-            )
-        return self._runners[images]
-
-    def _chunks(self) -> list[tuple[int, list[str]]]:
-        return [(k, self._prompts[k : k + self._chunk]) for k in range(0, len(self._prompts), self._chunk)]
-
-    def _with_errors(self, costs: Costs, graph: LayerGraph) -> Profile:
-        options = options_of(self._patterns, self._ages)
-        decode = decoder_of(self._generation.pipe)
-        scale = self._generation.guidance_scale
-        batches: list[Sketches] = []
-        rel_mae: list[list[float]] = []
-        steps = 0
-        chunks = self._chunks()
-        for index, (first, prompts) in enumerate(chunks):
-            def progress(stage: str, done: int, total: int, index: int = index) -> None:
-                self._progress(stage, index * total + done, len(chunks) * total)
-
-            runner = self._runner(self._signature, len(prompts))
-            recorder = Recorder(
-                lambda: self._generation.pipe.scheduler, runner, [self._exact, *self._patterns], options, scale,
-                on_step=lambda step, total: progress("errors by step and age", step + 1, total),
-            )
-            final = self._generation.latents(prompts, recorder, first)
-            self._final.append(final)
-            record = recorder.recording
-            steps = len(record.pairs)
-            sampler = sampler_map(record.scheduler, steps)
-            path = next(leaf.path for leaf in self._signature.leaves if leaf.shape is not None)
-            start = record.inputs[0]["cond"][path] / float(sampler.start_to_input[0])
-            sampler.check(start, [guided(pair, scale) for pair in record.pairs], final)
-            probes, pixels = pull_back_images(decode, final, self._probes, self._generation.seed + first)
-            batches.append(propagate(
-                record, runner, self._exact, sampler, path, probes, pixels, scale,
-                on_step=lambda done, total: progress("propagation to the image", done, total),
-            ))
-            rel_mae += [list(row) for row in zip(*record.rel_mae)]
-        return Profile(
-            model=self._model(graph), graph=graph, costs=costs, num_steps=steps,
-            scheduler=type(self._generation.pipe.scheduler).__name__, guidance_scale=scale,
-            guidance=Guidance(rel_mae=tuple(tuple(float(f"{v:.6g}") for v in row) for row in rel_mae)),
-            partitions=self._partitions, patterns=self._patterns,
-            errors=error_curves(batches, options, self._ages, steps), provenance=self._provenance(),
-        )
-
-    @torch.no_grad()
-    def _fit(self, profile: Profile, proposals: Sequence[tuple[tuple[str, ...], float]]) -> Compounding:
-        """Measure whole schedules on the profiling prompts and fit PSNR against the summed errors."""
-        decode = decoder_of(self._generation.pipe)
-        reference = torch.cat([decode(final) for final in self._final])
-        raw, measured = [], []
-        for done, (steps, error) in enumerate(proposals):
-            self._progress("whole schedules", done, len(proposals))
-            plan = Plan(
-                model=profile.model, ranks=(RankSpec(device="cpu"),) * self._exact.world_size,
-                partitions=profile.partitions, patterns=profile.patterns, exact=self._exact.name,
-                schedule=FixedSchedule(steps=steps),
-            )
-            simulator = Simulator(plan, self._denoiser, runners=self._runners)
-            images = torch.cat([
-                decode(self._generation.latents(prompts, simulator, first)) for first, prompts in self._chunks()
-            ])
-            raw.append(-20 * math.log10(error))
-            measured.append([min(value, MAX_PSNR_DB) for value in psnr(images, reference)])
-        self._progress("whole schedules", len(proposals), len(proposals))
-        return fit_compounding(raw, measured)
 
     def _model(self, graph: LayerGraph) -> ModelInfo:
         parameters = list(self._denoiser.parameters())

@@ -5,12 +5,18 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Timing", "pinned_threads", "time_together"]
+__all__ = ["FEWEST", "Timing", "host_clock", "pinned_threads", "sample_in_turns", "summary", "time_together"]
+
+
+FEWEST = 5
+"""Samples of calls that take long."""
+_LONG_S = 10.0
+_SAMPLE_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -39,40 +45,75 @@ def time_together(
     device: torch.device,
     *,
     rounds: int = 9,
+    alone: Callable[[], AbstractContextManager[object]] = nullcontext,
     on_round: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Timing]:
     """Time several callables in turns, so that a disturbance of the machine meets all of them alike.
 
     On CUDA every call is captured as a graph once and its replays are timed with events: that is device time, free
-    of launch overhead. On a CPU it is wall time.
+    of launch overhead. On a CPU it is what `host_clock` says.
+
+    Args:
+        calls: what to time.
+        device: where they run.
+        rounds: samples of each; fewer, but at least `FEWEST`, when one round takes long.
+        alone: opened around the samples; may wait until nobody else uses the machine.
+        on_round: called with (done, rounds).
     """
     timers = [_cuda_timer(call, device) if device.type == "cuda" else _wall_timer(call) for call in calls]
-    samples: list[list[float]] = [[] for _ in calls]
-    for done in range(rounds):
-        for timer, sample in zip(timers, samples):
-            sample.append(timer())
-        on_round(done + 1, rounds)
-    return [_summary(sample) for sample in samples]
+    return sample_in_turns(timers, rounds=rounds, alone=alone, on_round=on_round)
 
 
-def _summary(sample: list[float]) -> Timing:
+def sample_in_turns(
+    timers: Sequence[Callable[[], float]],
+    *,
+    rounds: int,
+    alone: Callable[[], AbstractContextManager[object]] = nullcontext,
+    on_round: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Timing]:
+    """Call functions that return seconds in turns; see `time_together`."""
+    samples: list[list[float]] = [[] for _ in timers]
+    with alone():
+        began, done = time.monotonic(), 0
+        while done < rounds:
+            for timer, sample in zip(timers, samples):
+                sample.append(timer())
+            done += 1
+            if (time.monotonic() - began) / done * rounds > _LONG_S:
+                rounds = max(done, min(rounds, FEWEST))
+            on_round(done, rounds)
+    return [summary(sample) for sample in samples]
+
+
+def summary(sample: list[float]) -> Timing:
+    """Median and relative inter-quartile range of samples in seconds."""
     median = statistics.median(sample)
     quartiles = statistics.quantiles(sample, n=4) if len(sample) > 1 else [median] * 3
     return Timing(median, (quartiles[2] - quartiles[0]) / median if median else 0.0)
 
 
+def host_clock() -> Callable[[], float]:
+    """A clock in seconds for work that this thread waits for.
+
+    With one torch thread all work is done by this one, whose processor time is wall time on an idle machine and is not
+    disturbed by others on a busy one; with more it is wall time.
+    """
+    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
 def _wall_timer(call: Callable[[], object]) -> Callable[[], float]:
+    clock = host_clock()
     call()
-    begin = time.perf_counter()
+    begin = clock()
     call()
-    once = time.perf_counter() - begin
+    once = clock() - begin
     inner = max(1, min(50, int(2e-3 / max(once, 1e-7))))  # short calls are repeated to about 2 ms a sample
 
     def timer() -> float:
-        begin = time.perf_counter()
+        begin = clock()
         for _ in range(inner):
             call()
-        return (time.perf_counter() - begin) / inner
+        return (clock() - begin) / inner
 
     return timer
 
@@ -86,7 +127,6 @@ def _cuda_timer(call: Callable[[], object], device: torch.device) -> Callable[[]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         call()
-    repeats = 10
 
     def timer() -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -98,4 +138,6 @@ def _cuda_timer(call: Callable[[], object], device: torch.device) -> Callable[[]
         end.synchronize()
         return float(begin.elapsed_time(end)) / 1e3 / repeats
 
+    repeats = 1
+    repeats = max(1, min(10, int(_SAMPLE_S / max(timer(), 1e-6))))
     return timer

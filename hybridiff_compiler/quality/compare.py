@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..ir import AdaptiveSchedule, Plan
+from ..ir import FixedSchedule, Plan
 from ..profiler.generate import Generation
 from ..profiler.timing import pinned_threads
 from ..report import Row, count_patterns
@@ -126,7 +126,7 @@ class _Work:
         ])
         row = Row(
             name="single", ranks=1, steps=steps, patterns={"single": steps}, latency_s=self._latency_s, speedup=1.0,
-            ideal_speedup=1.0, predicted_speedup=1.0, max_abs_diff=0.0,
+            ideal_speedup=1.0, work_speedup=1.0, predicted_speedup=1.0, max_abs_diff=0.0,
         )
         return Measured(row, images, (("single",) * steps,) * len(self._prompts))
 
@@ -176,6 +176,7 @@ class _Work:
             Row(
                 name=row.name, ranks=plan.world_size, steps=plan.num_steps, patterns=count_patterns(executed[0]),
                 latency_s=latency_s, speedup=self._latency_s / latency_s, ideal_speedup=plan.predictions.ideal_speedup,
+                work_speedup=plan.predictions.work_speedup,
                 predicted_speedup=plan.predictions.speedup, predicted_psnr_db=plan.predictions.psnr_db, **quality,
             ),
             images, tuple(executed),
@@ -205,4 +206,4 @@ class _Work:
 
 
 def _is_adaptive(plan: Plan) -> bool:
-    return isinstance(plan.schedule, AdaptiveSchedule)
+    return not isinstance(plan.schedule, FixedSchedule)

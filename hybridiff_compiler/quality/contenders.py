@@ -65,6 +65,7 @@ def _shortened(exact: Plan, steps: int) -> Plan:
         latency_s=None if known.latency_s is None else known.latency_s / factor, single_s=known.single_s,
         speedup=None if known.speedup is None else known.speedup * factor,
         ideal_speedup=None if known.ideal_speedup is None else known.ideal_speedup * factor,
+        work_speedup=None if known.work_speedup is None else known.work_speedup * factor,
         target="fewer steps",
     )
     return Plan(**(dict(shorter) | {"predictions": predictions}))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ir import AdaptiveSchedule, FixedSchedule, HybridiffError, Pattern, Plan, Predictions, RankSpec
+from ..ir import FixedSchedule, HybridiffError, Pattern, Plan, Predictions, RankSpec
 from ..profiler.generate import Generation
 from ..runtime.intercept import find_denoiser, intercept
 from ..runtime.segments import SegmentRunner
@@ -83,7 +83,7 @@ def simulate(
         backend: see `Simulator`.
     """
     _, denoiser = find_denoiser(generation.pipe)
-    batch = 1 if isinstance(plan.schedule, AdaptiveSchedule) else batch
+    batch = batch if isinstance(plan.schedule, FixedSchedule) else 1
     simulator = Simulator(plan, denoiser, runners=runners, backend=backend)
     images, executed = [], []
     with intercept(generation.pipe, simulator):

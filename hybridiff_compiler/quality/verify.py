@@ -51,6 +51,9 @@ class Verification(Data):
     psnr_db: float | None
     psnr_db_min: float | None
     predicted_psnr_db: float | None
+    psnr_quantile_db: float | None = None
+    """Of plans for a quantile over prompts: that quantile, measured."""
+    predicted_psnr_quantile_db: float | None = None
     ssim: float
     max_abs_diff: float
     simulator_max_abs_diff: float | None
@@ -178,6 +181,14 @@ def _images(samples: Sequence[Sample], count: int) -> Tensor:
     return torch.cat([sample.images for sample in samples[:count]])
 
 
+def _quantile(decibels: Sequence[float], quantile: float | None) -> float | None:
+    """That quantile of the PSNR over prompts (at most 100 each), between its neighbours."""
+    if quantile is None:
+        return None
+    known = torch.tensor(decibels, dtype=torch.float64).clamp(max=100.0)
+    return float(known.quantile(quantile))
+
+
 def _verification(
     plan: Plan, prompts: Sequence[str], images: Tensor, reference: Tensor, exact: Sequence[Sample],
     timed: Sequence[Sample] | None, **known: Any,
@@ -199,6 +210,8 @@ def _verification(
         psnr_db=judged,
         psnr_db_min=None if judged is None else min(*decibels, 100.0),
         predicted_psnr_db=plan.predictions.psnr_db,
+        psnr_quantile_db=None if judged is None else _quantile(decibels, plan.predictions.quantile),
+        predicted_psnr_quantile_db=plan.predictions.psnr_quantile_db,
         ssim=sum(similarity) / len(similarity),
         max_abs_diff=max_abs_diff(images, reference),
         latency_s=latency_s,

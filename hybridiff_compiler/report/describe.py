@@ -8,10 +8,11 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..ir import Pattern, Plan, Predictions, Profile
+from ..ir import Certificate, Pattern, Plan, Predictions, Profile
+from .describe_costs import describe_links, describe_timing, source_line
+from .describe_errors import describe_guidance, describe_redundancy, describe_trust
 from .strip import count_patterns, legend, letters, representative_steps, strip
 from .style import plain_table
-from .textplot import text_plot
 from .timeline import TIMELINE_LEGEND, timeline
 
 __all__ = ["describe_plan", "describe_profile", "plan_summary"]
@@ -49,19 +50,19 @@ def plan_summary(plan: Plan) -> list[RenderableType]:
         Text(f"          {strip(steps, alphabet)}"),
         Text(f"          {legend({name: alphabet[name] for name in dict.fromkeys(steps)})}"),
         Text(f"predicted: {_predictions(plan.predictions)}"),
+        *([] if plan.certificate is None else [Text(f"proven:    {_certificate(plan.certificate)}")]),
     ]
 
 
 def describe_profile(profile: Profile) -> list[RenderableType]:
     """Everything about a profile, for printing."""
     source = profile.provenance
-    threads = "" if source.threads is None else f", {source.threads} thread{'s' * (source.threads != 1)} per rank"
     parts: list[RenderableType] = [
         _heading(f"profile of {profile.model.name} ({profile.model.denoiser}, {profile.model.dtype}, "
                  f"{profile.model.parameter_bytes / 2**20:.1f} MiB)"),
         Text(f"{profile.num_steps} steps of {profile.scheduler}, guidance {profile.guidance_scale:g}, "
              f"{source.prompts} prompts, seed {source.seed}"),
-        Text(f"measured {source.created} on {source.device}, {source.backend}{threads}"),
+        Text(source_line(source)),
         Text("inputs of one branch: " + "; ".join(map(str, profile.model.signature.leaves))),
     ]
     if source.random_weights:
@@ -69,19 +70,13 @@ def describe_profile(profile: Profile) -> list[RenderableType]:
     parts.append(_layers_table(profile))
     if profile.costs.stages:
         parts.append(_stages_table(profile))
-    if profile.guidance is not None:
-        parts.append(_heading("denoising discrepancy (rel-MAE), mean over prompts"))
-        parts.append(Text(text_plot(profile.guidance.mean)))
+    parts += [*describe_timing(profile), *describe_links(profile), *describe_guidance(profile)]
     if profile.patterns:
         parts.append(_patterns_table(profile.patterns))
     if profile.errors:
         parts.append(_errors_table(profile))
-        fit = profile.compounding
-        parts.append(Text(
-            "whole schedules, summed errors -> mean PSNR in dB: "
-            + "  ".join(f"{raw:.1f}->{measured:.1f}" for raw, measured in fit.knots)
-            + f"; residual {fit.residual_db:.2f} dB over {fit.schedules} schedules, {fit.prompts} prompts"
-        ))
+        parts += describe_redundancy(profile)
+        parts += describe_trust(profile)
     return parts
 
 
@@ -91,11 +86,26 @@ def _predictions(predictions: Predictions) -> str:
         words.append(f"{predictions.speedup:.2f}x over one rank")
     if predictions.ideal_speedup is not None:
         words.append(f"{predictions.ideal_speedup:.2f}x ideal")
+    if predictions.work_speedup is not None:
+        words.append(f"{predictions.work_speedup:.2f}x in denoiser evaluations")
     if predictions.latency_s is not None:
         words.append(f"{predictions.latency_s:.3f} s for the denoising loop")
     if predictions.psnr_db is not None:
         words.append(f"{predictions.psnr_db:.1f} dB")
+    if predictions.psnr_quantile_db is not None and predictions.quantile is not None:
+        words.append(f"{predictions.psnr_quantile_db:.1f} dB or more for {1 - predictions.quantile:.0%} of prompts")
     return ", ".join(words) + (f"   (asked for {predictions.target})" if predictions.target else "") or "nothing"
+
+
+def _certificate(proof: Certificate) -> str:
+    what = "latency" if proof.objective == "latency_s" else "error"
+    merged = ", ages merged in the search" if proof.simplified else ""
+    gap = "optimal" if proof.gap < 1e-6 else f"{what} within {proof.gap:.2%} of the least possible"
+    scope = {
+        "all": "all schedules of the candidate patterns", "undominated": "all schedules of the undominated patterns",
+        "relaxed": "all schedules of the candidate patterns, by a loose bound",
+    }[proof.over]
+    return f"{gap} over {scope} ({proof.states} states, {proof.labels} labels{merged})"
 
 
 def _heading(text: str) -> Text:

@@ -23,8 +23,11 @@ def describe_bundle(bundle: Bundle) -> list[RenderableType]:
             artifact.file, Text("; ".join(artifact.segments)), ",".join(map(str, artifact.ranks)),
             str(len(artifact.inputs)), str(len(artifact.outputs)), _kib(artifact.size), artifact.sha256[:12],
         )
-    for record in manifest.shared:
-        table.add_row(record.file, "shared by all", "", "", "", _kib(record.size), record.sha256[:12])
+    for record, what in (
+        *((record, "shared by all") for record in manifest.shared), (manifest.plan, "the plan"),
+        (manifest.graphs, "what was captured"),
+    ):
+        table.add_row(record.file, what, "", "", "", _kib(record.size), record.sha256[:12])
     return [
         Text(f"\nbundle for {model.name} ({model.denoiser}, {target.dtype}): {manifest.backend} for {target.device} "
              f"{target.arch}", style="bold"),

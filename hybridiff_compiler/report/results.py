@@ -28,6 +28,8 @@ class Row(Data):
     """Measured, over one rank running the unmodified pipeline."""
     ideal_speedup: float | None = None
     """Measured stage times alone: no communication, no overhead."""
+    work_speedup: float | None = None
+    """Independent of hardware: denoiser evaluations on the critical path, of one rank over those of the row."""
     predicted_speedup: float | None = None
     psnr_db: float | None = None
     """Mean over prompts, against the exact one-rank image of the same seed; null for exact rows."""

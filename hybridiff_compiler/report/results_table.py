@@ -21,7 +21,7 @@ def results_table(
     table = plain_table(title, "row", fold=False)
     table.add_column("steps", justify="right")
     table.add_column("per pattern", overflow="fold")
-    for heading in ("latency s", "speed-up", "ideal", "predicted", "PSNR dB", "worst", "predicted", "max diff"):
+    for heading in ("latency s", "speed-up", "ideal", "work", "predicted", "PSNR dB", "worst", "predicted", "max diff"):
         table.add_column(heading, justify="right", overflow="fold")
     for row in results.rows:
         table.add_row(row.name, str(row.steps), _patterns(row, alphabet), *_numbers(row))
@@ -35,6 +35,7 @@ def _patterns(row: Row, alphabet: Mapping[str, str]) -> str:
 def _numbers(row: Row) -> list[str]:
     return [
         _number(row.latency_s, "{:.3f}"), _number(row.speedup, "{:.2f}x"), _number(row.ideal_speedup, "{:.2f}x"),
+        _number(row.work_speedup, "{:.2f}x"),
         _number(row.predicted_speedup, "{:.2f}x"), _number(row.psnr_db, "{:.1f}"), _number(row.psnr_db_min, "{:.1f}"),
         _number(row.predicted_psnr_db, "{:.1f}"), _number(row.max_abs_diff, "{:.1e}"),
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Iterable, Mapping, Sequence
 
-from ..ir import AdaptiveSchedule, Schedule
+from ..ir import FixedSchedule, Schedule
 
 __all__ = ["count_patterns", "legend", "letters", "representative_steps", "strip"]
 
@@ -45,5 +45,6 @@ def count_patterns(steps: Iterable[str]) -> dict[str, int]:
 
 
 def representative_steps(schedule: Schedule) -> tuple[str, ...]:
-    """The steps of a fixed schedule; of an adaptive one, those with the latest window (the cap)."""
-    return schedule.resolve([]).steps if isinstance(schedule, AdaptiveSchedule) else schedule.steps
+    """The steps of a fixed schedule; of one found while generating, those that run without measurements (the
+    latest window, the last choice)."""
+    return schedule.steps if isinstance(schedule, FixedSchedule) else schedule.resolve([]).steps

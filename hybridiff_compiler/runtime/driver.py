@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..ir import Branch, CallSignature, FixedSchedule, Plan, PlanMismatchError
+from ..ir import Branch, CallSignature, Plan, PlanMismatchError
 from .estimates import EstimateMemory
 from .executor import RankExecutors
 from .intercept import GuidedCall
@@ -254,8 +254,8 @@ class Driver:
         """
         if num_steps != self.plan.num_steps:
             return self.plan.exact if step + 1 < num_steps else None
-        fixed = isinstance(self.plan.schedule, FixedSchedule)
-        for later in range(step + 1, num_steps if fixed else min(step + 2, num_steps)):
+        settled = self._schedule.is_settled
+        for later in range(step + 1, num_steps if settled else min(step + 2, num_steps)):
             if not self._schedule.next_is_known(later):
                 return None
             name = self._schedule.pattern_at(later)

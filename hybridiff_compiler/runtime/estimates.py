@@ -12,7 +12,10 @@ __all__ = ["EstimateMemory"]
 
 
 class EstimateMemory:
-    """Holds the last pair and the last pair of which both branches were computed (for the guidance delta).
+    """Holds the last guided pair and the last pair of which both branches were computed (for the guidance delta).
+
+    A mirrored pair is not remembered: repeating it would repeat the loss of guidance, which costs far more than the few
+    steps by which the guided pair is older, and what a step costs is predicted from that pair's age.
 
     Lives on the driver only: workers never need it.
     """
@@ -36,7 +39,7 @@ class EstimateMemory:
             self._last = self._guided
         elif combine is Combine.MIRROR:
             (estimate,) = computed.values()
-            self._last = {branch: estimate for branch in BRANCHES}
+            return {branch: estimate for branch in BRANCHES}
         elif combine is Combine.DELTA:
             ((branch, estimate),) = computed.items()
             assert self._guided is not None, "validated schedules compute both branches before using their difference"

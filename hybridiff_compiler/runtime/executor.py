@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -11,10 +12,13 @@ from ..backends.cuda_graph import Recorder, recorder_for
 from ..capture import CapturedDenoiser
 from ..ir import Branch, Plan, PlanMismatchError
 from .exchange import Exchange, Flow, Message, Slot
-from .segments import SegmentRunner, capture_branch, scale_signature
+from .segments import SegmentRunner, capture_branch, is_bundle, scale_signature, stored_graphs
 from .transport import Channel, Incoming, Layout, Transport
 
-__all__ = ["RankExecutor", "RankExecutors", "capture_for"]
+if TYPE_CHECKING:
+    from ..bundle import StoredGraphs
+
+__all__ = ["RankExecutor", "RankExecutors", "capture_for", "graphs_for"]
 
 
 def capture_for(plan: Plan, denoiser: nn.Module) -> CapturedDenoiser:
@@ -34,6 +38,16 @@ def capture_for(plan: Plan, denoiser: nn.Module) -> CapturedDenoiser:
     return captured
 
 
+def graphs_for(plan: Plan, denoiser: nn.Module, backend: str) -> CapturedDenoiser | StoredGraphs:
+    """What a rank takes its graphs from: a capture, or the bundle that `backend` names, without one.
+
+    Raises:
+        InputError: the bundle is damaged.
+        PlanMismatchError: plan or bundle was made for another denoiser.
+    """
+    return stored_graphs(backend, denoiser) if is_bundle(backend) else capture_for(plan, denoiser)
+
+
 class RankExecutor:
     """Runs this rank's segments of one pattern after another and keeps the values that later steps read.
 
@@ -43,29 +57,28 @@ class RankExecutor:
     """
 
     def __init__(
-        self, plan: Plan, denoiser: nn.Module, captured: CapturedDenoiser, *, rank: int, transport: Transport | None,
-        backend: str, recorder: Recorder | None = None, images: int = 1,
+        self, plan: Plan, denoiser: nn.Module, captured: CapturedDenoiser | StoredGraphs, *, rank: int,
+        transport: Transport | None, backend: str, recorder: Recorder | None = None, images: int = 1,
     ) -> None:
         """No graph is built before `prepare` or the first `run`.
 
         Args:
             plan: the tables.
             denoiser: the network with its weights, which are used by reference.
-            captured: the denoiser's graph at `images` images per branch (for one: `capture_for(plan, denoiser)`).
+            captured: the denoiser's graphs at `images` images per branch (for one: from `graphs_for`).
             rank: this rank.
             transport: to the other ranks; None in a world of one.
             backend: see `hybridiff_compiler.backends`.
             recorder: see `SegmentRunner`; default: CUDA graphs on CUDA.
             images: per branch and call.
         """
-        estimate = captured.graph_module.graph.output_node().all_input_nodes[0].meta["val"]
-        self._estimate_spec = tuple(estimate.shape), estimate.dtype
         self.rank = rank
         self.runner = runner = SegmentRunner(
             denoiser, scale_signature(plan.model.signature, 1, images), plan.patterns, plan.partitions, batch=images,
             backend=backend, captured=captured,
             recorder=recorder or recorder_for(next(denoiser.parameters()).device),
         )
+        self._estimate_spec = runner.estimate_spec
         self._transport = transport
         self._exchange = Exchange(plan.patterns, runner)
         self._placement = self._exchange.start
@@ -199,17 +212,17 @@ class RankExecutor:
             self._estimate_layouts[branches] = Layout([self._estimate_spec] * len(branches))
         return self._estimate_layouts[branches]
 
-
 class RankExecutors:
     """One rank's executors by the number of images per call; each is made when it is first asked for."""
 
     def __init__(
-        self, plan: Plan, denoiser: nn.Module, captured: CapturedDenoiser, *, rank: int, transport: Transport | None,
-        backend: str,
+        self, plan: Plan, denoiser: nn.Module, captured: CapturedDenoiser | StoredGraphs, *, rank: int,
+        transport: Transport | None, backend: str,
     ) -> None:
-        """See `RankExecutor`; `captured` is the graph of one image."""
+        """See `RankExecutor`; `captured` is from `graphs_for`."""
         self._make = partial(RankExecutor, plan, denoiser, rank=rank, transport=transport, backend=backend)
         self._plan, self._denoiser, self._layers = plan, denoiser, captured.layers
+        self._from_bundle = is_bundle(backend)
         self._known = {1: self._make(captured)}
 
     def __contains__(self, images: int) -> bool:
@@ -219,9 +232,14 @@ class RankExecutors:
         """The executor for so many images per call; its graphs are built by its `prepare`.
 
         Raises:
-            PlanMismatchError: the denoiser's graph is another one at this batch size.
+            PlanMismatchError: the denoiser's graph is another one at this batch size, or graphs come from a bundle.
         """
         if images not in self._known:
+            if self._from_bundle:
+                raise PlanMismatchError(
+                    f"the bundle was compiled for one image at a time, got {images}; generate them one by one, or run "
+                    "the plan itself"
+                )
             captured = capture_branch(self._denoiser, scale_signature(self._plan.model.signature, 1, images))
             if captured.layers.names != self._layers.names or (
                 [value.name for value in captured.layers.values] != [value.name for value in self._layers.values]

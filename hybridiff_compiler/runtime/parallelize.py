@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from ..ir import InputError, Plan, PlanMismatchError, UsageError
 from .connect import connect
 from .driver import Driver
-from .executor import RankExecutors, capture_for
+from .executor import RankExecutors, graphs_for
 from .handover import pack_skeleton, raw_bytes
 from .intercept import find_denoiser, intercept, is_intercepted
 from .nccl import ENVIRONMENT, NcclTransport
 from .processes import JOINED, READY, WorkerPool, open_store
+from .segments import is_bundle
 from .settings import NumericSettings
 from .transport import PeerError, Transport
 from .watch import DeviceWatch
@@ -199,16 +200,17 @@ class ParallelPipeline:
         self._resources.callback(settings.apply)
         torch.set_num_threads(threads)
         plan = self.plan
-        if plan.world_size == 1:
-            captured = capture_for(plan, denoiser)
-        else:
+        # A bundle is looked at first, since that takes no time; a capture while the workers import what they need.
+        captured = graphs_for(plan, denoiser, backend) if is_bundle(backend) or plan.world_size == 1 else None
+        if plan.world_size > 1:
             skeleton, tensors = pack_skeleton(denoiser)
             store = open_store()
             environment = ENVIRONMENT if self._devices[0].type == "cuda" else {}
             self._pool = WorkerPool(plan.world_size, store, threads=threads, environment=environment)
             self._resources.callback(self._pool.close)
-            captured = capture_for(plan, denoiser)  # while the workers import what they need
+            captured = captured or graphs_for(plan, denoiser, backend)
             self._hand_over(store, skeleton, tensors, timeout_s, backend)
+        assert captured is not None
         executors = RankExecutors(plan, denoiser, captured, rank=0, transport=self._transport, backend=backend)
         report = on_progress or (lambda what, done, total: None)
         for images in self._batch_sizes:

@@ -27,7 +27,8 @@ import torch.distributed as dist
 
 from ..ir import WorkerError
 
-__all__ = ["FAILED", "JOINED", "READY", "RESIZED", "TIMED", "TRACED", "WorkerPool", "open_store", "read_frame"]
+__all__ = ["FAILED", "JOINED", "READY", "RESIZED", "TIMED", "TRACED", "WorkerPool", "open_store", "read_frame",
+           "write_frame"]
 
 JOINED, READY, FAILED, TIMED, TRACED, RESIZED = "joined", "ready", "failed", "timed", "traced", "resized"
 """Keys, followed by `/rank`, that workers set in the store."""
@@ -52,13 +53,21 @@ def open_store() -> dist.TCPStore:
 
 
 def read_frame(descriptor: int) -> bytes:
-    """One frame that `WorkerPool.send_frame` wrote.
+    """One frame that `write_frame` wrote.
 
     Raises:
         EOFError: the driver is gone.
     """
     (length,) = _FRAME.unpack(_read_exactly(descriptor, _FRAME.size))
     return _read_exactly(descriptor, length)
+
+
+def write_frame(stream: Any, data: bytes) -> None:
+    """Write one frame to an unbuffered binary stream; raises OSError when nobody reads it."""
+    for part in (_FRAME.pack(len(data)), data):
+        view = memoryview(part)
+        while view:
+            view = view[stream.write(view):]
 
 
 def _read_exactly(descriptor: int, length: int) -> bytes:
@@ -130,10 +139,7 @@ class WorkerPool:
         stdin = self._workers[rank - 1].process.stdin
         assert stdin is not None
         try:
-            for part in (_FRAME.pack(len(data)), data):
-                view = memoryview(part)
-                while view:
-                    view = view[stdin.write(view):]
+            write_frame(stdin, data)
         except OSError as error:
             raise self.failure("starting") from error
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ir import AdaptiveSchedule, Branch, Schedule
+from ..ir import Branch, FixedSchedule, Schedule, SwitchedSchedule
 
 __all__ = ["ScheduleState", "discrepancy"]
 
@@ -35,47 +35,53 @@ class _Pending:
 class ScheduleState:
     """The schedule of one generation.
 
-    For adaptive schedules the discrepancy is computed on the device and copied without waiting; `pattern_at` reads a
-    value only when `lag` steps have passed, so that with a lag of 2 the copy has had a whole step to finish.
+    For schedules that are found while generating the discrepancy is computed on the device and copied without waiting;
+    `pattern_at` reads a value only when `lag` steps have passed, so that with a lag of 2 the copy has had a whole step
+    to finish.
     """
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
         self._pending: dict[int, _Pending] = {}
         self._known: list[float] = []
-        self._start: int | None = None
+        self._decided: FixedSchedule | None = None
+        self._undecided = schedule if isinstance(schedule, FixedSchedule) else schedule.undecided
+        self.reset()
 
     def reset(self) -> None:
         """A generation begins."""
         self._pending.clear()
         self._known.clear()
-        self._start = None
+        self._decided = self.schedule if isinstance(self.schedule, FixedSchedule) else None
 
     @property
     def discrepancies(self) -> tuple[float, ...]:
         """The values read so far."""
         return tuple(self._known)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether the patterns of all remaining steps are known."""
+        return self._decided is not None
+
     def next_is_known(self, step: int) -> bool:
         """Whether the pattern of `step` can be told before the step before it has finished."""
-        return not isinstance(self.schedule, AdaptiveSchedule) or self.schedule.lag >= 2
+        schedule = self.schedule
+        return self._decided is not None or isinstance(schedule, FixedSchedule) or schedule.lag >= 2
 
     def pattern_at(self, step: int) -> str:
         """Name of the pattern of `step`; asked in increasing order, after `observe` of steps up to `step - lag`."""
         schedule = self.schedule
-        if not isinstance(schedule, AdaptiveSchedule):
-            return schedule.steps[step]
-        while self._start is None and len(self._known) in self._pending and len(self._known) + schedule.lag <= step:
-            self._known.append(self._pending.pop(len(self._known)).read())
-            self._start = schedule.window_start(self._known)
-        if self._start is None and step >= schedule.tau_cap:
-            self._start = schedule.tau_cap
-        in_window = self._start is not None and self._start <= step < self._start + schedule.k
-        return schedule.window if in_window else schedule.warmup
+        if self._decided is None and not isinstance(schedule, FixedSchedule):
+            while len(self._known) in self._pending and len(self._known) + schedule.lag <= step:
+                self._known.append(self._pending.pop(len(self._known)).read())
+            self._decided = schedule.decide(self._known, step)
+        return (self._decided or self._undecided).steps[step]
 
     def observe(self, step: int, pair: Mapping[Branch, Tensor]) -> None:
-        """Take note of the estimates of an exact step (ignored once the window is known)."""
-        if not isinstance(self.schedule, AdaptiveSchedule) or self._start is not None:
+        """Take note of the estimates of an exact step (ignored once the schedule is settled or wants no more)."""
+        schedule = self.schedule
+        if self._decided is not None or (isinstance(schedule, SwitchedSchedule) and step >= schedule.measured):
             return
         value, event = discrepancy(pair), None
         if value.is_cuda:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,13 @@ from ..backends.cuda_graph import Recorder, Replay, seconds_per_call
 from ..capture import CapturedDenoiser, StageGraph, capture
 from ..ir import WHOLE, Branch, CallSignature, Partition, Pattern, PlanMismatchError, Read, Segment, lower
 
-__all__ = ["SegmentRunner", "Slot", "ValueRead", "batch_factor", "capture_branch", "example_call",
-           "scale_signature"]
+if TYPE_CHECKING:
+    from ..bundle import StoredGraphs
+
+__all__ = [
+    "SegmentRunner", "Slot", "ValueRead", "batch_factor", "capture_branch", "example_call", "is_bundle",
+    "scale_signature", "stored_graphs",
+]
 
 Slot = tuple[Branch, str]
 """Branch and value name: the key under which a value is kept."""
@@ -94,6 +99,18 @@ def capture_branch(denoiser: nn.Module, signature: CallSignature) -> CapturedDen
     return capture(denoiser, (), example_call(signature, device))
 
 
+def is_bundle(backend: str) -> bool:
+    """Whether `backend` names a bundle, whose graphs are loaded instead of captured and compiled."""
+    return backend.startswith("bundle:")
+
+
+def stored_graphs(backend: str, denoiser: nn.Module) -> StoredGraphs:
+    """The graphs of the bundle that `backend` names; see `bundle.open_graphs`."""
+    from ..bundle import open_graphs
+
+    return open_graphs(backend, denoiser)
+
+
 class SegmentRunner:
     """All segment graphs that a set of patterns needs, for one denoiser at one branch batch size."""
 
@@ -106,7 +123,7 @@ class SegmentRunner:
         *,
         batch: int = 1,
         backend: str = "eager",
-        captured: CapturedDenoiser | None = None,
+        captured: CapturedDenoiser | Mapping[int, CapturedDenoiser] | StoredGraphs | None = None,
         recorder: Recorder | None = None,
     ) -> None:
         """
@@ -116,19 +133,31 @@ class SegmentRunner:
             patterns: every pattern that will run.
             partitions: the partitions that they name (`whole` needs no entry).
             batch: leading size of the leaves of `signature` that carry the images of a branch.
-            backend: see `hybridiff_compiler.backends`.
-            captured: the graph at `signature`, when the caller has it already.
+            backend: see `hybridiff_compiler.backends`, or the name of a bundle.
+            captured: the graph at `signature`, when the caller has it already; or graphs by the number of branches
+                batched together, 1 among them; or the graphs of the bundle.
             recorder: replay the graphs on static buffers (see `backends.cuda_graph`); default: call them.
 
         Raises:
-            PlanMismatchError: a partition does not fit the captured graph.
+            PlanMismatchError: a partition does not fit the captured graph, or the bundle does not hold these graphs.
         """
+        partitions = tuple(partitions)
         self._denoiser, self._signature, self._batch, self._backend = denoiser, signature, batch, backend
         self._device = next(denoiser.parameters()).device
         self._recorder = recorder
         self._kept: dict[Slot, list[Tensor]] = {}
-        self._captures = {1: captured or capture_branch(denoiser, signature)}
-        self.layers = self._captures[1].layers
+        self._stored: StoredGraphs | None = None
+        self._captures: dict[int, CapturedDenoiser] = {}
+        if is_bundle(backend):
+            self._stored = stored_graphs(backend, denoiser) if captured is None else cast("StoredGraphs", captured)
+            self._stored.check_covers(signature, partitions)
+            self.layers = self._stored.layers
+        else:
+            if isinstance(captured, Mapping):
+                self._captures.update(captured)
+            else:
+                self._captures[1] = cast("CapturedDenoiser", captured or capture_branch(denoiser, signature))
+            self.layers = self._captures[1].layers
         self._partitions = {p.name: p for p in partitions} | {WHOLE: Partition.whole(self.layers)}
         for partition in self._partitions.values():
             partition.check_covers(self.layers)
@@ -137,18 +166,22 @@ class SegmentRunner:
         self.taps = tuple(dict.fromkeys(r.value for s in segments for r in self.values_read(s)))
         self._graphs: dict[tuple[str, tuple[int, ...], int], _Graph] = {}
 
+    @property
+    def signature(self) -> CallSignature:
+        """One branch's call."""
+        return self._signature
+
     @lru_cache(maxsize=1024)  # noqa: B019 - runners live as long as their segments
     def values_read(self, segment: Segment) -> tuple[ValueRead, ...]:
         """What `segment` takes from outside, in a fixed order."""
         partition = self._partitions[segment.partition]
-        inside = [name for stage in segment.stages for name in partition.stages[stage]]
         reads = []
         for branch in segment.branches:
-            for stage, layers in enumerate(partition.stages):
+            for stage in range(len(partition.stages)):
                 if stage in segment.stages:
                     continue
                 read: Read = segment.read(branch, stage)
-                for value in self.layers.crossing(layers, inside):
+                for value in partition.received(self.layers, stage, segment.stages):
                     reads.append(ValueRead(branch, value.name, (read.branch, value.name), read.stale))
         return tuple(reads)
 
@@ -164,6 +197,14 @@ class SegmentRunner:
         """Shape and dtype of a value at the branch batch size."""
         value = self._value_specs[name]
         return value.shape, getattr(torch, value.dtype)
+
+    @property
+    def estimate_spec(self) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of one branch's estimate."""
+        if self._stored is not None:
+            return self._stored.estimate
+        value = self._captures[1].graph_module.graph.output_node().all_input_nodes[0].meta["val"]
+        return tuple(value.shape), value.dtype
 
     def prepare(
         self, segments: Iterable[Segment], on_progress: Callable[[int, int], None] = lambda done, total: None
@@ -248,16 +289,22 @@ class SegmentRunner:
     def _graph(self, segment: Segment) -> _Graph:
         key = (segment.partition, segment.stages, len(segment.branches))
         if key not in self._graphs:
-            partition = self._partitions[segment.partition]
-            names = [name for stage in segment.stages for name in partition.stages[stage]]
-            taps = [name for branch, name in self.values_written(segment) if branch == segment.branches[0]]
-            stage = self.captured(len(segment.branches)).extract(names, taps)
-            call = compile_stage(stage, self._backend)
-            specs = _argument_specs(stage)
+            graph = self._build(segment)
             if self._recorder is not None:
-                call = Replay(call, specs, self._device, self._recorder)
-            self._graphs[key] = _Graph(call, stage.inputs, stage.values_in, stage.values_out, specs)
+                graph = replace(graph, call=Replay(graph.call, graph.specs, self._device, self._recorder))
+            self._graphs[key] = graph
         return self._graphs[key]
+
+    def _build(self, segment: Segment) -> _Graph:
+        """Compile the graph of a segment, or load it."""
+        taps = [name for branch, name in self.values_written(segment) if branch == segment.branches[0]]
+        if self._stored is not None:
+            loaded = self._stored.stage(segment, taps)
+            return _Graph(loaded.call, loaded.inputs, loaded.values_in, loaded.values_out, loaded.specs)
+        names = self._partitions[segment.partition].evaluated(segment.stages)
+        stage = self.captured(len(segment.branches)).extract(names, taps)
+        call = compile_stage(stage, self._backend)
+        return _Graph(call, stage.inputs, stage.values_in, stage.values_out, _argument_specs(stage))
 
     def captured(self, branches: int = 1) -> CapturedDenoiser:
         """The capture for so many branches batched together."""

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from ..ir import Plan
 from .connect import connect
-from .executor import RankExecutor, RankExecutors, capture_for
+from .executor import RankExecutor, RankExecutors, graphs_for
 from .handover import raw_bytes, unpack_skeleton
 from .orders import RESIZING, TIMING, TRACING, Order, OrderInbox
 from .processes import JOINED, READY, RESIZED, TIMED, TRACED
@@ -53,9 +53,9 @@ class Server:
         store.set(f"{JOINED}/{rank}", "")
         transport = connect(store, rank, plan.world_size, timeout_s=None, device=self._device)
         transport.broadcast([raw_bytes(tensor) for tensor in tensors if tensor.numel()])
+        backend = self._start["backend"]
         executors = RankExecutors(
-            plan, denoiser, capture_for(plan, denoiser), rank=rank, transport=transport,
-            backend=self._start["backend"],
+            plan, denoiser, graphs_for(plan, denoiser, backend), rank=rank, transport=transport, backend=backend
         )
         for images in self._start["batch_sizes"]:
             executors.at(images).prepare()

@@ -8,7 +8,7 @@ import torch
 from hybridiff_compiler.backends.aotinductor import AotStage, _open_package
 from hybridiff_compiler.backends.artifact import Job, strongest_backend
 from hybridiff_compiler.backends.onnx_weights import OnnxWeights
-from hybridiff_compiler.backends.stage_io import stage_inputs, stage_weights
+from hybridiff_compiler.backends.stage_io import stage_inputs, stage_interface, stage_weights
 from hybridiff_compiler.ir import InputError, PlanMismatchError, UsageError
 
 
@@ -27,7 +27,7 @@ def package(need, small_stages, tmp_path_factory):
 
 def test_numbers(package, need, small_stages, arguments):
     stage = small_stages[1]
-    executable = need("aotinductor").load(package, stage)
+    executable = need("aotinductor").load(package, stage_interface(stage))
     for seed in range(3):
         given = arguments(stage, seed)
         with torch.no_grad():
@@ -59,7 +59,7 @@ def test_never_runs_without_weights(package, small_stages, arguments):
 def test_every_weight_is_live(package, need, small_stages, arguments, name):
     """Also those that inductor would write into the code: vectors of up to eight elements."""
     stage = small_stages[1]
-    executable, given = need("aotinductor").load(package, stage), arguments(stage)
+    executable, given = need("aotinductor").load(package, stage_interface(stage)), arguments(stage)
     weight = stage_weights(stage)[name]
     kept = weight.detach().clone()
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_weights_are_not_in_the_package(package, small_stages):
 
 def test_wrong_arguments_are_refused(package, need, small_stages, arguments):
     stage = small_stages[1]
-    executable, given = need("aotinductor").load(package, stage), arguments(stage)
+    executable, given = need("aotinductor").load(package, stage_interface(stage)), arguments(stage)
     for wrong in (given[:-1], [given[0].double(), *given[1:]], [given[0][:, :1], *given[1:]]):
         with pytest.raises(InputError, match="the stage"):
             executable(*wrong)

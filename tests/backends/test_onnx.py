@@ -10,7 +10,7 @@ from runtime.tiny import WIDTH
 from hybridiff_compiler.backends.artifact import artifact_backend
 from hybridiff_compiler.backends.onnx_file import export_onnx
 from hybridiff_compiler.backends.onnx_weights import WEIGHTS_FILE, OnnxWeights
-from hybridiff_compiler.backends.stage_io import stage_inputs, stage_outputs, stage_weights
+from hybridiff_compiler.backends.stage_io import stage_inputs, stage_interface, stage_outputs, stage_weights
 from hybridiff_compiler.backends.tensorrt import build_engine
 from hybridiff_compiler.capture import capture
 from hybridiff_compiler.ir import InputError
@@ -48,7 +48,7 @@ def test_stages_of_the_bundled_models(bench, split, need, arguments, tmp_path):
         given = arguments(stage)
         with torch.no_grad():
             expected = stage.module(*given)
-        for got, want in zip(backend.load(file, stage)(*given), expected, strict=True):
+        for got, want in zip(backend.load(file, stage_interface(stage))(*given), expected, strict=True):
             assert (got - want).abs().max() <= 2e-5 * want.abs().max()
     size = (tmp_path / WEIGHTS_FILE).stat().st_size
     again = export_onnx(split[0], tmp_path / "again.onnx", weights)
@@ -69,7 +69,7 @@ def test_half_precision(need, arguments, tmp_path, dtype, tolerance):
     given = arguments(stage)
     with torch.no_grad():
         (expected,) = stage.module(*given)
-    (got,) = backend.load(file, stage)(*given)
+    (got,) = backend.load(file, stage_interface(stage))(*given)
     assert got.dtype == dtype
     assert (got - expected).abs().max() <= tolerance * expected.abs().max()
 
@@ -92,7 +92,7 @@ def test_concatenation_of_two_dtypes(need, arguments, tmp_path, join):
     given = arguments(stage)
     with torch.no_grad():
         expected = stage.module(*given)
-    for got, want in zip(backend.load(file, stage)(*given), expected, strict=True):
+    for got, want in zip(backend.load(file, stage_interface(stage))(*given), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
 
 
@@ -111,8 +111,8 @@ def test_refusals(need, small_stages, tmp_path):
         export_onnx(small_stages[0], tmp_path / "stage.onnx", OnnxWeights(tmp_path))
     (tmp_path / "broken.onnx").write_bytes(b"no protobuf at all")
     with pytest.raises(InputError, match="onnxruntime cannot run it"):
-        backend.load(tmp_path / "broken.onnx", small_stages[0])
+        backend.load(tmp_path / "broken.onnx", stage_interface(small_stages[0]))
     (tmp_path / WEIGHTS_FILE).unlink()
     file = export_onnx(small_stages[0], tmp_path / "stage.onnx", OnnxWeights(tmp_path))
     with pytest.raises(InputError, match="the plan needs"):
-        backend.load(file, small_stages[1])
+        backend.load(file, stage_interface(small_stages[1]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from bundle.small import PlainPipeline, small_plan
@@ -17,8 +19,9 @@ from hybridiff_compiler.backends.stage_io import (
 )
 from hybridiff_compiler.backends.target import cpu_arch
 from hybridiff_compiler.bundle.writing import distinct_stages
+from hybridiff_compiler.capture import capture
 from hybridiff_compiler.ir import InputError
-from hybridiff_compiler.runtime.segments import SegmentRunner
+from hybridiff_compiler.runtime.segments import SegmentRunner, example_call
 
 
 def test_specs_follow_the_calling_convention(small_stages, arguments):
@@ -36,7 +39,7 @@ def test_digest_is_of_the_graph_not_of_the_weights(small_stages):
     again = [build.stage for build in distinct_stages(small_plan(other), other.denoiser)]
     for mine, theirs in zip(small_stages, again):
         assert stage_digest(mine) == stage_digest(theirs)
-        assert weights_digest(mine) != weights_digest(theirs)
+        assert weights_digest(stage_weights(mine)) != weights_digest(stage_weights(theirs))
         assert stage_weights(theirs).keys() == stage_weights(mine).keys()
     assert stage_weights(again[0])["tail.weight"] is other.denoiser.tail.weight
 
@@ -62,6 +65,16 @@ def test_digest_ignores_the_device():
         runner = SegmentRunner(pipe.denoiser, plan.model.signature, plan.patterns, plan.partitions)
         digests.add(stage_digest(runner.captured(1).whole()))
     assert len(digests) == 1
+
+
+def test_a_bundled_model_is_the_same_on_every_device(bench):
+    """Bundles are compiled on one machine and run on another: neither plan nor artifact may depend on the device."""
+    captures = [
+        capture(denoiser, (), example_call(bench.signature, device))
+        for denoiser, device in ((bench.denoiser, "cpu"), (copy.deepcopy(bench.denoiser).to("meta"), "meta"))
+    ]
+    assert len({captured.layers.fingerprint() for captured in captures}) == 1
+    assert len({stage_digest(captured.whole()) for captured in captures}) == 1
 
 
 def test_arguments_are_fitted_or_refused():

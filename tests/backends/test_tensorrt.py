@@ -89,11 +89,19 @@ def test_targets(need, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for device, arch, message in (
         ("cpu", "sm_89", "run on GPUs and the plan is for ranks on 'cpu'"), ("cuda", "sm_90", "got sm_90"),
-        ("cuda", None, "name one with --target"),
+        ("cuda", None, "name one with --target"), ("cuda", "current", "name one with --target"),
     ):
         with pytest.raises(UsageError, match=message):
             backend.target(device, "float16", arch)
     assert "sm_90" not in RTX_ARCHITECTURES
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    for arch in (None, "CURRENT", "sm_90"):
+        assert backend.target("cuda", "float16", arch).arch == "sm_90"
+    assert backend.target("cuda", "float16", "sm_89").arch == "sm_89"
+    with pytest.raises(UsageError, match="got sm_100"):
+        backend.target("cuda", "float16", "sm_100")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match="use --backend tensorrt-rtx"):
         artifact_backend("tensorrt").target("cuda", "float16", None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -9,9 +10,13 @@ import shutil
 import pytest
 
 from hybridiff_compiler.backends import onnx_file
-from hybridiff_compiler.bundle import Bundle, Manifest, load_executable, reading
-from hybridiff_compiler.bundle.writing import distinct_stages
-from hybridiff_compiler.ir import InputError, PlanMismatchError
+from hybridiff_compiler.bundle import Bundle, Manifest, open_graphs, reading
+from hybridiff_compiler.bundle.files import record_file
+from hybridiff_compiler.bundle.graphs import Graphs
+from hybridiff_compiler.ir import InputError, PlanMismatchError, lower
+from hybridiff_compiler.runtime.segments import SegmentRunner, capture_branch
+
+from .small import PlainPipeline
 
 HOSTILE_NAMES = ("../x", "..", ".", "/etc/passwd", "a/b", "a\\b", ".hidden", "x\n", "", "C:x", "x" * 200, "plan.json\0")
 
@@ -39,6 +44,14 @@ def opened(folder):
         return Bundle.open(folder)
     except InputError:
         return None
+
+
+def build(bundle, plan, pipe, number):
+    """Load the first graph of one pattern of the plan."""
+    runner = SegmentRunner(
+        pipe.denoiser, plan.model.signature, plan.patterns, plan.partitions, backend=bundle.backend
+    )
+    runner.prepare(lower(plan.patterns[number])[:1])
 
 
 def test_flipped_bits(copy):
@@ -85,9 +98,18 @@ def test_artifacts_listed_for_each_other_s_graph(copy, reseal, plan, pipe):
     first, second = Manifest.load(copy / "manifest.json").artifacts
     mixed = (first.model_copy(update={"graph": second.graph}), second.model_copy(update={"graph": first.graph}))
     bundle = reseal(copy, artifacts=mixed)
-    for build in distinct_stages(plan, pipe.denoiser):
-        with pytest.raises(PlanMismatchError, match="other inputs and outputs"):
-            load_executable(build.stage, bundle.backend)
+    for number in (0, 1):
+        with pytest.raises(PlanMismatchError, match="other weights"):
+            build(bundle, plan, pipe, number)
+
+
+def test_artifacts_listed_for_each_other_s_launches(copy, reseal, plan, pipe):
+    first, second = Manifest.load(copy / "manifest.json").artifacts
+    mixed = (first.model_copy(update={"segments": second.segments}),
+             second.model_copy(update={"segments": first.segments}))
+    bundle = reseal(copy, artifacts=mixed)
+    with pytest.raises(PlanMismatchError, match="other outputs"):
+        build(bundle, plan, pipe, 0)
 
 
 @pytest.mark.parametrize("name", HOSTILE_NAMES)
@@ -121,23 +143,84 @@ def test_a_manifest_without_its_seal(copy):
         Bundle.open(copy)
 
 
+def test_a_bundle_of_an_older_version(copy):
+    """As bundles were before they recorded what was captured."""
+    payload = json.loads((copy / "manifest.json").read_text())
+    del payload["graphs"]
+    (copy / "manifest.json").write_text(json.dumps(payload | {"schema_version": 1}))
+    with pytest.raises(InputError, match=r"schema_version.*another version of hybridiff: run `hybridiff compile`"):
+        Bundle.open(copy)
+
+
 def test_a_plan_for_another_denoiser(copy, reseal):
     with pytest.raises(InputError, match="for different denoisers"):
         reseal(copy, fingerprint="0" * 64)
 
 
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda graphs, other: {"layers": other.layers}, "is of another denoiser than the plan"),
+    (lambda graphs, other: {"graphs": graphs.graphs[:1]}, "is about other graphs than the artifacts"),
+    (lambda graphs, other: {"graphs": (graphs.graphs[0].model_copy(update={"leaves": 99}), *graphs.graphs[1:])},
+     "has fewer inputs than recorded"),
+    (lambda graphs, other: {"graphs": graphs.graphs[:1] * 2}, "the same graph is recorded twice"),
+    (lambda graphs, other: {"graphs": ()}, "not a valid graphs"),
+])
+def test_graphs_that_do_not_belong(copy, reseal, pipe, change, message):
+    """Right hashes, but what is recorded of the capture is about something else."""
+    graphs, other = Graphs.load(copy / "graphs.json"), PlainPipeline().denoiser
+    del other.blocks[-1]
+    captured = capture_branch(other, Bundle.open(copy).plan.model.signature)
+    graphs.model_copy(update=change(graphs, captured)).save(copy / "graphs.json")
+    with pytest.raises(InputError, match=message):
+        reseal(copy, graphs=record_file(copy / "graphs.json"))
+
+
+def test_graphs_of_a_denoiser_with_other_weights_names(copy, reseal, pipe, plan):
+    """The names that graphs are bound by come from the file: one that the denoiser lacks is refused, not guessed."""
+    graphs = Graphs.load(copy / "graphs.json")
+    first, *others = graphs.graphs
+    for name, shape in (("nowhere.weight", first.weights[0].shape), (first.weights[0].name, (1, 2, 3))):
+        wrong = first.weights[0].model_copy(update={"name": name, "shape": shape})
+        changed = first.model_copy(update={"weights": (wrong, *first.weights[1:])})
+        graphs.model_copy(update={"graphs": (changed, *others)}).save(copy / "graphs.json")
+        bundle = reseal(copy, graphs=record_file(copy / "graphs.json"))
+        with pytest.raises(PlanMismatchError, match="the compiled denoiser reads"):
+            build(bundle, plan, pipe, 0)
+
+
+def test_launches_that_were_not_compiled(copy, reseal):
+    first, second = Manifest.load(copy / "manifest.json").artifacts
+    renamed = second.model_copy(update={"segments": ("elsewhere[0]",)})
+    with pytest.raises(InputError, match="no artifact for the plan's nested"):
+        reseal(copy, artifacts=(first, renamed))
+    with pytest.raises(InputError, match="for the same launch"):
+        reseal(copy, artifacts=(first, second.model_copy(update={"segments": first.segments})))
+
+
+def test_an_identity_that_is_not_the_denoiser_s(copy, reseal, pipe):
+    graphs = Graphs.load(copy / "graphs.json")
+    identity = graphs.identity.model_copy(update={"settings_sha256": "0" * 64})
+    graphs.model_copy(update={"identity": identity}).save(copy / "graphs.json")
+    bundle = reseal(copy, graphs=record_file(copy / "graphs.json"))
+    with pytest.raises(PlanMismatchError, match="not what they were when the bundle was compiled"):
+        open_graphs(bundle.backend, pipe.denoiser)
+
+
 def test_changes_after_opening(copy, reseal, pipe, plan):
     """Every rank checks what it loads itself, against the manifest that was opened."""
-    build = distinct_stages(plan, pipe.denoiser)[0]
     bundle = Bundle.open(copy)
+    graphs = open_graphs(bundle.backend, pipe.denoiser)
+    runner = SegmentRunner(
+        pipe.denoiser, plan.model.signature, plan.patterns, plan.partitions, backend=bundle.backend, captured=graphs
+    )
     flip(copy / bundle.manifest.artifacts[0].file, 100)
     with pytest.raises(InputError, match="sha256"):
-        load_executable(build.stage, bundle.backend)
+        runner.prepare(lower(plan.patterns[0]))
     reading._sealed_manifest.cache_clear()
     flip(copy / bundle.manifest.artifacts[0].file, 100)
     reseal(copy, target=bundle.manifest.target.model_copy(update={"dtype": "float16"}))
     with pytest.raises(InputError, match="replaced after it was opened"):
-        load_executable(build.stage, bundle.backend)
+        open_graphs(bundle.backend, pipe.denoiser)
 
 
 @pytest.mark.parametrize(("update", "message"), [

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 import hybridiff_compiler as hc
 from hybridiff_compiler.backends.artifact import artifact_backend
-from hybridiff_compiler.bundle import Bundle, load_executable, resolve_plan, write_bundle
+from hybridiff_compiler.bundle import Bundle, resolve_plan, write_bundle
 from hybridiff_compiler.bundle.writing import distinct_stages
-from hybridiff_compiler.ir import InputError, PlanMismatchError, UsageError
+from hybridiff_compiler.ir import WHOLE, InputError, Pattern, PlanMismatchError, UsageError, WorkerError, lower
+from hybridiff_compiler.runtime.executor import capture_for
 from hybridiff_compiler.runtime.intercept import intercept
-from hybridiff_compiler.runtime.segments import SegmentRunner
+from hybridiff_compiler.runtime.segments import SegmentRunner, scale_signature
 from hybridiff_compiler.runtime.simulator import Simulator
 
 from .small import PlainPipeline
@@ -27,40 +32,62 @@ def simulate(pipe, plan, backend="eager", prompt=1):
         return pipe(prompt)
 
 
+BAN = """
+import torch, torch.export, torch.onnx, torch._inductor
+
+def refuse(*args, **kwargs):
+    raise AssertionError("something was captured or compiled")
+
+torch.compile = torch.export.export = torch.onnx.export = torch._inductor.aoti_compile_and_package = refuse
+"""
+"""A worker runs it at its start, when its folder is on the path."""
+
+
 @pytest.fixture
-def ban_compilers(monkeypatch):
-    """`ban_compilers()`: from now on whatever compiles or exports for a backend fails."""
+def ban_compilers(monkeypatch, tmp_path):
+    """`ban_compilers()`: from now on whatever captures, compiles or exports fails, here and in workers."""
+    (tmp_path / "sitecustomize.py").write_text(BAN)
 
     def refuse(*args, **kwargs):
-        raise AssertionError("something was compiled")
+        raise AssertionError("something was captured or compiled")
 
     def ban():
-        monkeypatch.setattr(torch, "compile", refuse)
-        monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", refuse)
-        monkeypatch.setattr(torch.onnx, "export", refuse)
+        for owner, name in ((torch, "compile"), (torch.export, "export"), (torch.onnx, "export"),
+                            (torch._inductor, "aoti_compile_and_package")):
+            monkeypatch.setattr(owner, name, refuse)
+        monkeypatch.syspath_prepend(tmp_path)
 
     return ban
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_image_is_the_plan_s(compiled, pipe, plan, backend, ban_compilers):
-    bundle = compiled(backend)
+    bundle, exact = compiled(backend), simulate(pipe, plan)
     ban_compilers()
-    exact = simulate(pipe, plan)
     difference = (simulate(pipe, bundle.plan, bundle.backend) - exact).abs().max()
     assert difference <= TOLERANCE
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_parallelize_takes_the_folder(compiled, pipe, plan, backend, ban_compilers):
-    """The worker loads its own artifacts: what both ranks return is what one process returns from the bundle."""
-    bundle = compiled(backend)
+    """Neither rank captures or compiles; what both return is what one process returns from the bundle."""
+    bundle, exact = compiled(backend), simulate(pipe, plan)
     ban_compilers()
     with hc.parallelize(pipe, bundle.folder, threads=1) as parallel:
         image = pipe(1)
         assert parallel.executed == plan.schedule.steps
     assert torch.equal(image, simulate(pipe, plan, bundle.backend))
-    assert (image - simulate(pipe, plan)).abs().max() <= TOLERANCE
+    assert (image - exact).abs().max() <= TOLERANCE
+
+
+def test_the_ban_reaches_workers(pipe, plan, ban_compilers):
+    """Without a bundle the worker captures, so it fails: the test before would notice."""
+    captured = capture_for(plan, pipe.denoiser)
+    ban_compilers()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hybridiff_compiler.runtime.executor.capture_for", lambda plan, denoiser: captured)
+        with pytest.raises(WorkerError, match="something was captured"):
+            hc.parallelize(pipe, plan, threads=1)
 
 
 def test_each_graph_is_compiled_once(compiled, pipe, plan):
@@ -111,15 +138,25 @@ def test_weights_inside_must_be_the_model_s(compiled):
 def test_another_denoiser_is_refused(compiled):
     bundle, other = compiled("onnx"), PlainPipeline()
     del other.denoiser.blocks[-1]
-    with pytest.raises(PlanMismatchError, match="profile this model and plan again"):
+    with pytest.raises(PlanMismatchError, match="profile this model, plan and compile again"):
         hc.parallelize(other, bundle.folder, threads=1)
 
 
-def test_a_graph_that_was_not_compiled_is_refused(compiled, pipe, plan):
-    bundle = compiled("onnx")
-    (whole, *_) = distinct_stages(plan.model_copy(update={"patterns": plan.patterns[:1]}), pipe.denoiser)
-    with pytest.raises(PlanMismatchError, match="no artifact for the stage graph"):
-        load_executable(whole.stage, bundle.backend)
+def test_other_tables_are_refused(compiled, pipe, plan):
+    """A pattern, a partition or a call that was not compiled; one pattern alone needs other outputs of its graph."""
+    backend = compiled("onnx").backend
+    single = Pattern.parse("single", "u0@0 c0@0 | cfg", partition=WHOLE, stages=1)
+    nested = plan.partitions[0]
+    moved = nested.model_copy(update={"stages": tuple(reversed(nested.stages))})
+    signature = scale_signature(plan.model.signature, 1, 2)
+    for patterns, partitions, call, message in (
+        ((single,), plan.partitions, plan.model.signature, "no artifact for the stage graph whole.0. x2"),
+        (plan.patterns[:1], plan.partitions, plan.model.signature, "has other outputs"),
+        (plan.patterns, (moved, *plan.partitions[1:]), plan.model.signature, "without the partitions"),
+        (plan.patterns, plan.partitions, signature, "another call"),
+    ):
+        with pytest.raises(PlanMismatchError, match=message):
+            SegmentRunner(pipe.denoiser, call, patterns, partitions, backend=backend).prepare(lower(patterns[0]))
 
 
 def test_a_bundle_has_its_backend(compiled):
@@ -177,3 +214,24 @@ def test_replacing_and_refusing_folders(pipe, plan, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_file, "export_onnx", lambda stage, file, weights: (file.write_bytes(b"2"), file)[1])
     assert write_bundle(plan, pipe.denoiser, target, backend="onnx").manifest != first.manifest
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_worker_imports_no_compiler(compiled, plan):
+    """Loading and running a bundle takes neither torch's compilers nor diffusers."""
+    script = f"""
+import sys
+from bundle.small import PlainPipeline
+from hybridiff_compiler.runtime import worker
+from hybridiff_compiler.bundle import Bundle, open_graphs
+from hybridiff_compiler.ir import lower
+from hybridiff_compiler.runtime.segments import SegmentRunner
+bundle, denoiser = Bundle.open({str(compiled("aotinductor").folder)!r}), PlainPipeline().denoiser
+plan = bundle.plan
+runner = SegmentRunner(denoiser, plan.model.signature, plan.patterns, plan.partitions, backend=bundle.backend)
+runner.prepare(segment for pattern in plan.patterns for segment in lower(pattern))
+loaded = {{name.partition(".")[0] for name in sys.modules}} | {{".".join(name.split(".")[:2]) for name in sys.modules}}
+print(sorted(loaded & {{"torch._dynamo", "torch._inductor", "torch.onnx", "onnx", "diffusers", "transformers"}}))
+"""
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=variables)
+    assert (ran.returncode, ran.stdout.strip()) == (0, "[]"), ran.stderr

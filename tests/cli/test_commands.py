@@ -91,3 +91,28 @@ def test_prompts(tmp_path):
     file.write_text("a dog\n\n a fox \n")
     assert choose_prompts(["a cat"], file, default=("x",), limit=2) == ["a cat", "a dog"]
     assert choose_prompts(None, None, default=("x", "y"), limit=None) == ["x", "y"]
+
+
+def test_two_profiles_are_compared(hybridiff, files):
+    ran = hybridiff("show", files / "profile.json", files / "profile.json")
+    assert ran.code == 0
+    assert "all layers, batch 1" in ran.out
+    refused = hybridiff("show", files / "profile.json", files / "exact.json")
+    assert refused.code == 1
+    assert "not a valid profile" in refused.error
+
+
+def test_costs_of_an_architecture_and_its_estimate(hybridiff, tmp_path):
+    measured, estimate = tmp_path / "costs.json", tmp_path / "estimate.json"
+    common = ["--random-weights", "--quick"]
+    ran = hybridiff("profile", "pixart-tiny", *common, "--costs-only", "--json", "-o", measured)
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["prompts"] == 0
+    ran = hybridiff("profile", "pixart-tiny", *common, "--estimate", "rtx3090", "-o", estimate)
+    assert ran.code == 0, ran.err
+    assert "ESTIMATED" in ran.out
+    assert hybridiff("plan", estimate, "--policy", "exact", "-o", tmp_path / "plan.json").code == 0
+    assert "no peak figures" in hybridiff(
+        "profile", "pixart-tiny", *common, "--estimate", "rtx3090", "--fit", measured, "-o", estimate).error
+    assert "add --costs-only" in hybridiff("profile", "sd3-tiny", "--random-weights", "-o", measured).error
+    assert "add --estimate" in hybridiff("profile", "bundled:unet", "--fit", measured, "-o", estimate).error

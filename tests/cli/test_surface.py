@@ -11,12 +11,16 @@ SURFACE = {
     "demo": ["--out", "--reprofile", "--profiles", "--prompts", "--models", "--json"],
     "profile": [
         "MODEL", "--output/-o", "--prompt", "--prompts", "--limit", "--steps", "--guidance-scale", "--height",
-        "--width", "--seed", "--threads", "--device", "--dtype", "--errors-from", "--quick", "--json",
+        "--width", "--seed", "--threads", "--device", "--dtype", "--errors-from", "--costs-only",
+        "--random-weights", "--gpus", "--backend", "--jobs", "--estimate", "--fit", "--quick", "--full", "--restart",
+        "--json",
     ],
     "plan": [
-        "PROFILE", "--gpus", "--min-psnr", "--speedup", "--policy", "--without", "--pareto", "--output/-o", "--json",
+        "PROFILE", "--gpus", "--min-psnr", "--speedup", "--max-latency-ms", "--policy", "--quantile", "--adaptive",
+        "--steps", "--strength", "--costs", "--without", "--pareto", "--png", "--html", "--objective",
+        "--arrival-rate", "--percentile", "--output/-o", "--json",
     ],
-    "compile": ["PLAN", "MODEL", "--output/-o", "--backend", "--target", "--json"],
+    "compile": ["PLAN", "MODEL", "--output/-o", "--backend", "--target", "--jobs/-j", "--json"],
     "run": [
         "PLAN", "MODEL", "--prompt", "--output/-o", "--steps", "--guidance-scale", "--height", "--width", "--seed",
         "--threads", "--json",
@@ -29,7 +33,7 @@ SURFACE = {
         "MODEL...", "--random-weights", "--pixels", "--steps", "--gpus", "--row", "--repeats", "--device", "--backend",
         "--threads", "--seed", "--output/-o", "--json",
     ],
-    "show": ["FILE", "--json"],
+    "show": ["FILE", "OTHER", "--profile", "--json"],
 }
 
 

@@ -19,13 +19,14 @@ HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is in this folder, and skip it without two GPUs."""
+    """Mark what is in this folder, and skip it without two GPUs, or without the one that `one_gpu` tests need."""
     count = torch.cuda.device_count()
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.gpu)
-            if count < 2:
-                item.add_marker(pytest.mark.skip(reason=f"needs two CUDA devices, this machine has {count}"))
+            needed = 1 if item.get_closest_marker("one_gpu") else 2
+            if count < needed:
+                item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA device(s), this machine has {count}"))
 
 
 class GpuModel:

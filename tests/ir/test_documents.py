@@ -13,11 +13,15 @@ from pydantic import ValidationError
 
 from hybridiff_compiler.ir import (
     AdaptiveSchedule,
+    Certificate,
     Document,
+    FixedSchedule,
     InputError,
     Plan,
     Predictions,
     Profile,
+    SwitchedSchedule,
+    parse_steps,
     write_text_atomically,
 )
 
@@ -158,6 +162,34 @@ def test_adaptive_plans_are_checked_for_the_earliest_and_latest_window() -> None
     assert Plan.parse(plan.model_dump_json()) == plan
     with pytest.raises(ValidationError, match="step 0: pattern reuse"):
         make_plan(schedule=rule.model_copy(update={"warmup": "reuse"}))
+
+
+def test_switched_plans_are_checked_choice_by_choice() -> None:
+    def plan(*choices: str, measured: int = 1) -> Plan:
+        fixed = tuple(FixedSchedule(steps=parse_steps(text)) for text in choices)
+        rule = SwitchedSchedule(choices=fixed, thresholds=(0.5,), measured=measured)
+        return make_plan(schedule=rule)
+
+    made = plan("branch*2 reuse branch", "branch*4")
+    assert Plan.parse(made.model_dump_json()) == made
+    assert not made.is_exact
+    with pytest.raises(ValidationError, match="step 0: pattern reuse"):
+        plan("reuse branch*3", "reuse branch*3")
+    with pytest.raises(ValidationError, match="step 1 runs 'reuse', but the discrepancy of the first 2 steps"):
+        plan("branch reuse branch*2", "branch reuse branch*2", measured=2)
+
+
+def test_certificates_tell_the_gap() -> None:
+    known = Certificate(objective="latency_s", value=1.1, lower_bound=1.0, states=3, labels=9)
+    assert known.gap == pytest.approx(0.1)
+    plan = make_plan(certificate=known)
+    assert Plan.parse(plan.model_dump_json()) == plan
+    older = json.loads(plan.model_dump_json())
+    del older["certificate"]
+    assert Plan.parse(json.dumps(older)).certificate is None
+    assert plan.with_steps(("branch", "branch")).certificate is None
+    proven = Certificate(objective="error", value=0.0, lower_bound=0.0, states=1, labels=1)
+    assert proven.gap == 0
 
 
 def test_other_steps_drop_the_predictions() -> None:

@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from hybridiff_compiler.ir import AdaptiveSchedule, FixedSchedule, InputError, format_steps, parse_steps
+from hybridiff_compiler.ir import (
+    AdaptiveSchedule,
+    FixedSchedule,
+    InputError,
+    SwitchedSchedule,
+    format_steps,
+    parse_steps,
+)
 
 names = st.from_regex(r"[a-z][a-z0-9.:@+-]{0,5}", fullmatch=True)
 
@@ -99,3 +106,49 @@ def test_a_rising_curve_is_not_flat() -> None:
 def test_bad_constants_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         adaptive(**changes)
+
+
+def test_the_rule_lists_what_it_can_decide() -> None:
+    rule = adaptive(20, history=3, tau_cap=12)
+    starts = [choice.steps.index("paper") for choice in rule.possible()]
+    assert starts == list(range(5, 13))
+    assert rule.undecided.steps == ("branch",) * 20
+    assert adaptive(20, history=30, tau_cap=12).possible() == (rule.resolve([]),)
+    assert FixedSchedule(steps=("a",)).possible() == (FixedSchedule(steps=("a",)),)
+
+
+def switched(**changes: object) -> SwitchedSchedule:
+    fields: dict[str, object] = {
+        "choices": [{"steps": ["b"] * 4 + ["r"]}, {"steps": ["b"] * 5}], "thresholds": [0.5], "measured": 3,
+    }
+    return SwitchedSchedule.model_validate(fields | changes)
+
+
+def test_switched_by_the_first_discrepancies() -> None:
+    rule = switched()
+    assert (rule.num_steps, rule.decided_at, rule.patterns) == (5, 4, ("b", "r"))
+    assert rule.resolve([0.1, 0.1, 0.1, 9.0]) == rule.choices[0]
+    assert rule.resolve([0.5, 0.5, 0.5]) == rule.choices[1]
+    assert rule.resolve([0.1]) == rule.choices[1]
+    assert rule.decide([0.1, 0.1], 4) is None
+    assert rule.possible() == rule.choices
+    assert str(rule) == "switched by mean rel-MAE of 3 steps: < 0.5: b*4 r; else: b*5"
+    assert switched(statistic="slope").value([1.0, 2.0, 5.0]) == 2.0
+    assert SwitchedSchedule.model_validate_json(rule.model_dump_json()) == rule
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"thresholds": []}, "2 choices need 1 thresholds, got 0"),
+        ({"choices": [{"steps": ["b"]}] * 3, "thresholds": [0.5, 0.5], "measured": 1}, "must increase strictly"),
+        ({"choices": [{"steps": ["b"] * 4}, {"steps": ["b"] * 5}]}, "equally many steps"),
+        ({"measured": 4}, "must agree on steps 0 to 4"),
+        ({"measured": 6}, "6 measured steps exceed the 5 steps"),
+        ({"lag": 3}, "must agree on steps 0 to 4"),
+        ({"measured": 1, "statistic": "slope"}, "needs 2 measured steps"),
+    ],
+)
+def test_bad_switches_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        switched(**changes)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from hybridiff_compiler.ir import Costs, InputError, Link, Pattern, StageCost, lower
-from hybridiff_compiler.planner import step_cost
-from hybridiff_compiler.planner.cost import segment_seconds
+from hybridiff_compiler.ir import Costs, InputError, Link, Pattern, RankSpec, StageCost, lower
+from hybridiff_compiler.planner import Problem, step_cost
+from hybridiff_compiler.planner.cost import CostModel, segment_seconds
+from hybridiff_compiler.planner.placement import fastest_placement
 
 from .profiles import make_profile
 
@@ -94,3 +95,52 @@ def test_fresh_reads_across_ranks_wait() -> None:
 def test_missing_costs_are_named() -> None:
     with pytest.raises(InputError, match="no layer costs for 1 branch"):
         step_cost(profile_with(layers={}), pattern("branch"))
+
+
+def test_slower_ranks_take_longer_and_bound_the_step() -> None:
+    profile = profile_with()
+    half = [RankSpec(device="cpu"), RankSpec(device="cpu", speed=0.5)]
+    assert step_cost(profile, pattern("branch"), half).ideal_s == pytest.approx(2 * WHOLE)
+    assert step_cost(profile, pattern("single"), half).ideal_s == pytest.approx(2 * WHOLE)
+    with pytest.raises(InputError, match="'branch' needs 2 ranks, got 1"):
+        step_cost(profile, pattern("branch"), half[:1])
+
+
+def test_exposed_stale_values_cost_their_whole_transfer() -> None:
+    paper = pattern("paper:nested")
+    outward = sum(v.nbytes for v in BASE.partition("nested").cut(BASE.graph, 0, 1))
+    links = [Link(source=0, target=1, latency_s=0.0, bytes_per_s=outward)]
+    profile = profile_with(links=links, step_overhead_s=0.75)
+    hidden, shown = (step_cost(profile, paper, overlap=overlap).latency_s for overlap in (True, False))
+    assert shown == pytest.approx(hidden + 0.75)
+
+
+def test_ranks_that_were_not_measured_count_as_the_slowest_measured_link() -> None:
+    links = [
+        Link(source=0, target=1, latency_s=0.5, bytes_per_s=1e12),
+        Link(source=1, target=0, latency_s=0.25, bytes_per_s=1e12),
+    ]
+    far = Pattern.parse("far", "u0@0 c0@2 | cfg")
+    assert step_cost(profile_with(links=links), far).latency_s == pytest.approx(0.5 + WHOLE + 0.5)
+
+
+def test_what_a_stage_recomputes_costs_time_and_is_not_sent() -> None:
+    linear = BASE.partition("linear")
+    again = linear.model_copy(update={"recomputed": ((), ("l0",))})
+    links = [Link(source=0, target=1, latency_s=0.0, bytes_per_s=1.0)]
+    before = profile_with(links=links)
+    after = before.model_copy(update={
+        "partitions": tuple(again if p.name == "linear" else p for p in before.partitions)
+    })
+    pipe = Pattern.parse("pipe", "c0@0(c1~) c1@1(c0~) | delta", partition="linear", stages=2)
+    assert step_cost(after, pipe).ideal_s == pytest.approx(step_cost(before, pipe).ideal_s + 0.1)
+    assert step_cost(after, pipe).latency_s == pytest.approx(step_cost(before, pipe).latency_s + 0.1 - 1)
+
+
+def test_heavy_work_goes_to_fast_ranks() -> None:
+    thin = Pattern.parse("cond-pipe:thin", "c0@0(c1~) c1@1(c0~) | delta", partition="thin", stages=2)
+    ranks = [RankSpec(device="cpu", speed=speed) for speed in (0.25, 1.0)]
+    profile = profile_with()
+    placed = fastest_placement(thin, 2, CostModel(profile, ranks), [0.25, 1.0])
+    assert [unit.rank for unit in placed.units] == [1, 0]  # the inner stage is the larger one
+    assert Problem(profile, 2, ranks=ranks).costs["branch"].ideal_s == pytest.approx(4 * WHOLE)

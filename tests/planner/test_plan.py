@@ -99,6 +99,98 @@ def test_an_impossible_speedup_names_the_best(profile: Profile) -> None:
         plan(profile, gpus=1, speedup=1000)
 
 
+@pytest.mark.parametrize("share", [0.2, 0.4, 0.8])
+def test_max_latency_is_met_with_the_least_error(profile: Profile, share: float) -> None:
+    points = frontier(profile)
+    limit = 1e3 * (points[0].latency_s + share * (points[-1].latency_s - points[0].latency_s))
+    made = plan(profile, max_latency_ms=limit)
+    fast = [p for p in points if 1e3 * p.latency_s <= limit]
+    assert isinstance(made.schedule, FixedSchedule)
+    assert made.schedule.steps == fast[-1].steps
+    assert 1e3 * made.predictions.latency_s <= limit
+    assert made.certificate is not None
+    assert made.certificate.objective == "error"
+    assert made.certificate.value == pytest.approx(fast[-1].error)
+    assert 0 < made.certificate.lower_bound <= made.certificate.value
+
+
+def test_quality_and_latency_together(profile: Profile) -> None:
+    alone = plan(profile, min_psnr=30)
+    speedup = alone.predictions.speedup
+    assert speedup is not None
+    assert plan(profile, min_psnr=30, speedup=speedup - 0.01).schedule == alone.schedule
+    with pytest.raises(TargetError, match=r"30 dB at \S+x; the nearest are (\S+) dB at \S+, and 30 dB at (\S+)x") as e:
+        plan(profile, min_psnr=30, speedup=speedup * 1.1)
+    words = str(e.value).split("nearest are ")[1]
+    quality, reachable = float(words.split(" dB")[0]), float(words.split("30 dB at ")[1].split("x")[0])
+    assert quality < 30
+    plan(profile, min_psnr=quality, speedup=speedup * 1.1)
+    plan(profile, min_psnr=30, speedup=reachable)
+    with pytest.raises(TargetError, match=r"to take 0\.1 ms or less; the fastest takes \d+\.\d\d ms at"):
+        plan(profile, max_latency_ms=0.1)
+    with pytest.raises(TargetError, match=r"to reach 30 dB in \d+ ms; the nearest are"):
+        plan(profile, min_psnr=30, max_latency_ms=round(1e3 * alone.predictions.latency_s) - 2)
+
+
+def test_a_quantile_keeps_more_in_reserve(profile: Profile) -> None:
+    with pytest.raises(InputError, match="did not measure how the PSNR differs between prompts"):
+        plan(profile, min_psnr=28, quantile=0.05)
+    spread = profile.compounding.model_copy(update={"prompt_std_db": 2.0, "prompts": 24})
+    known = profile.model_copy(update={"compounding": spread})
+    mean, low = plan(known, min_psnr=28), plan(known, min_psnr=28, quantile=0.05)
+    assert low.predictions.psnr_db > mean.predictions.psnr_db
+    assert low.predictions.psnr_quantile_db == pytest.approx(low.predictions.psnr_db - 1.6449 * 2.0, abs=1e-3)
+    assert low.predictions.psnr_quantile_db >= 28
+    assert low.predictions.target == "min_psnr=28 quantile=0.05"
+    assert (mean.predictions.quantile, mean.predictions.psnr_quantile_db) == (None, None)
+    points = frontier(known, quantile=0.05)
+    assert points[-1].psnr_quantile_db is None
+    assert points[0].psnr_quantile_db == pytest.approx(points[0].psnr_db - 1.6449 * 2.0, abs=1e-3)
+    enough = [p for p in points if (p.psnr_quantile_db or math.inf) >= 28 + Problem(known, 2).reserve_db(0.05)]
+    assert low.schedule.steps == enough[0].steps
+
+
+@pytest.mark.parametrize("target", [{"min_psnr": 27}, {"min_psnr": 33}, {"speedup": 2.5}, {"min_psnr": 30, "gpus": 1}])
+def test_solved_plans_carry_a_certificate(profile: Profile, target: dict) -> None:
+    made = plan(profile, **target)
+    proof = made.certificate
+    assert proof is not None
+    assert proof.lower_bound <= proof.value
+    assert proof.gap < 0.05
+    assert proof.states > 1
+    assert proof.labels > proof.states
+    if proof.objective == "latency_s":
+        assert proof.value == pytest.approx(made.predictions.latency_s)
+    assert plan(profile, policy="exact").certificate is None
+
+
+def test_work_does_not_depend_on_the_hardware(profile: Profile) -> None:
+    made = plan(profile, speedup=3, costs="work")
+    assert made.predictions.work_speedup is not None
+    assert made.predictions.work_speedup >= 3 - 1e-6
+    assert made.predictions.target == "speedup=3 costs=work"
+    slower = profile.model_copy(update={"costs": profile.costs.model_copy(update={
+        "stages": (), "step_overhead_s": 1.0, "layers": {1: profile.costs.layers[1]},
+    })})
+    assert plan(slower, speedup=3, costs="work").schedule == made.schedule
+    assert plan(profile, policy="exact").predictions.work_speedup == pytest.approx(2)
+    assert plan(profile, gpus=1, policy="exact").predictions.work_speedup == pytest.approx(1)
+    points = frontier(profile, costs="work")
+    assert all(p.work_speedup == pytest.approx(p.speedup) for p in points)
+    assert points[-1].latency_s == pytest.approx(20)
+
+
+def test_other_numbers_of_steps(profile: Profile) -> None:
+    for steps in (10, 20, 40):
+        made = plan(profile, min_psnr=28, num_inference_steps=steps)
+        assert made.num_steps == steps
+        assert made.provenance is not None
+        assert made.provenance.profile_sha256 == profile.digest()
+    image_to_image = plan(profile, speedup=2.5, strength=0.6)
+    assert image_to_image.num_steps == 12
+    assert len(frontier(profile, num_inference_steps=10)[0].steps) == 10
+
+
 def test_policy_exact(profile: Profile) -> None:
     two, one = plan(profile, policy="exact"), plan(profile, gpus=1, policy="exact")
     assert str(two.schedule) == "branch*20"
@@ -196,8 +288,17 @@ def test_device_follows_the_profile_unless_told(profile: Profile) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "got targets: none; give exactly one of min_psnr, speedup and policy"),
-        ({"min_psnr": 30, "speedup": 2}, "got targets: min_psnr=30, speedup=2"),
+        ({}, "got targets: none; give exactly one of min_psnr, speedup, max_latency_ms and policy"),
+        ({"max_latency_ms": 30, "speedup": 2}, "got targets: speedup=2, max_latency_ms=30"),
+        ({"policy": "exact", "speedup": 2}, "got targets: speedup=2, policy=exact"),
+        ({"max_latency_ms": 0}, "got max_latency_ms=0; give milliseconds above 0"),
+        ({"min_psnr": 30, "quantile": 1.5}, "got quantile=1.5; give the share of prompts"),
+        ({"speedup": 3, "quantile": 0.05}, "got quantile=0.05 without min_psnr"),
+        ({"speedup": 3, "costs": "free"}, "got costs 'free'; choose from measured, work"),
+        ({"max_latency_ms": 3, "costs": "work"}, "work has no milliseconds"),
+        ({"speedup": 2, "num_inference_steps": 2}, "got 2 steps; a schedule needs at least 3"),
+        ({"speedup": 2, "num_inference_steps": 500}, "got steps 0.04 times as long"),
+        ({"speedup": 2, "strength": 0}, "got strength=0"),
         ({"policy": "fast"}, "got policy 'fast'; choose from exact, paper"),
         ({"policy": "exact", "gpus": 0}, "got 0 GPUs; patterns are generated for 1 to 64 ranks"),
         ({"policy": "exact", "gpus": -2}, "got -2 GPUs"),
@@ -284,3 +385,17 @@ def test_predictions_refuse_unknown_patterns(profile: Profile) -> None:
     with pytest.raises(InputError, match="knows no pattern 'magic'"):
         problem.predict(("branch", "magic"))
     assert problem.predict(("branch",) + ("reuse",) * 18 + ("branch",)).psnr_db is None  # older than measured
+
+
+def test_plans_for_unequal_ranks_use_the_fast_ones(profile: Profile) -> None:
+    equal = plan(profile, gpus=3, min_psnr=30)
+    unequal = plan(profile, gpus=3, min_psnr=30, speeds=(1.0, 0.25, 1.0))
+    assert [rank.speed for rank in unequal.ranks] == [1.0, 0.25, 1.0]
+    (branch,) = [pattern for pattern in unequal.patterns if pattern.name == "branch"]
+    assert {unit.rank for unit in branch.units} == {0, 2}
+    slow = plan(profile, gpus=3, min_psnr=30, speeds=(1.0, 0.25, 0.25))
+    latencies = [made.predictions.latency_s or 0 for made in (equal, unequal, slow)]
+    assert latencies == sorted(latencies)
+    assert latencies[0] < latencies[2]
+    with pytest.raises(UsageError, match=r"got speeds \[1.0, 0.5\] for 3 GPUs"):
+        plan(profile, gpus=3, min_psnr=30, speeds=(1.0, 0.5))

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from hybridiff_compiler.ir import Compounding
 from hybridiff_compiler.profiler.compounding import fit_compounding
-from hybridiff_compiler.profiler.curves import error_curves
+from hybridiff_compiler.profiler.curves import error_curves, fill_table
+from hybridiff_compiler.profiler.grid import FULL, QUICK, THINNED
 from hybridiff_compiler.profiler.record import Option
 from hybridiff_compiler.profiler.sensitivity import Sketches
 
@@ -35,6 +36,31 @@ def test_ages_are_interpolated_and_early_steps_scaled():
     assert [v / bias for v in curve.rmse[4]] == pytest.approx([1e-4, 2e-4, 3e-4], rel=1e-4)
     assert [v / bias for v in curve.rmse[1]] == pytest.approx([1e-1, 2e-1, 3e-1], rel=1e-4)
     assert curve.rmse[0] == curve.rmse[1]
+
+
+@pytest.mark.parametrize("grid", [THINNED, FULL])
+def test_smooth_errors_are_found_from_part_of_the_grid(grid):
+    def truth(step, age):
+        return 1e-3 * math.exp(-step / 9) * age**0.9 * (1 + 20 * math.exp(-(49 - step)))
+
+    known = {(step, age): truth(step, age) for step in range(50) for age in grid.ages_at(step, 50)}
+    table = fill_table(known, 50, 8)
+    misses = [
+        abs(math.log(table[step, age - 1] / truth(step, age))) for step in range(1, 50) for age in range(1, 9)
+        if age <= step and (step >= 8 or age in grid.ages)
+    ]
+    assert max(misses) < math.log(1.15)
+    for (step, age), value in known.items():
+        assert table[step, age - 1] == pytest.approx(value)
+
+
+@given(st.integers(3, 120), st.sampled_from([THINNED, FULL, QUICK]))
+def test_grid_has_the_first_step_of_every_age_and_both_ends(steps, grid):
+    for age in grid.ages:
+        assert steps <= age or age in grid.ages_at(age, steps)
+    assert grid.ages_at(0, steps) == ()
+    assert grid.ages_at(steps - 1, steps)[0] == 1
+    assert all(age <= step for step in range(steps) for age in grid.ages_at(step, steps))
 
 
 def test_compounding_follows_the_schedules():

@@ -7,13 +7,17 @@ import torch
 
 import hybridiff_compiler as hc
 from hybridiff_compiler.ir import InputError, PlanMismatchError, Profile, UsageError
+from hybridiff_compiler.profiler.attribution import weighted
+from hybridiff_compiler.profiler.errors import ErrorMeasurement, ErrorSettings
+from hybridiff_compiler.profiler.grid import QUICK
+from hybridiff_compiler.profiler.partial import Partial
 from hybridiff_compiler.profiler.timing import pinned_threads, time_together
 
 STEPS = 6
 
 
 def measure(bench, prompts=("a cat", "a dog"), **changes):
-    arguments = {"num_inference_steps": STEPS, "name": bench.name, "threads": 1, "quick": True}
+    arguments = {"num_inference_steps": STEPS, "name": bench.name, "threads": 1, "quick": True, "gpus": (2,)}
     arguments |= bench.options | changes
     return hc.profile(bench.pipe, prompts=list(prompts), **arguments)
 
@@ -21,7 +25,9 @@ def measure(bench, prompts=("a cat", "a dog"), **changes):
 @pytest.fixture(scope="module")
 def profile(bench):
     stages = set()
-    measured = measure(bench, on_progress=lambda stage, done, total: stages.add((stage, done <= total)))
+    measured = measure(
+        bench, guidance_scale=(5.0, 3.0), on_progress=lambda stage, done, total: stages.add((stage, done <= total)),
+    )
     assert {stage for stage, _ in stages} >= {"capture", "layer times", "stage times", "whole schedules"}
     assert all(inside for _, inside in stages)
     return measured
@@ -41,6 +47,12 @@ def test_profile_is_complete(bench, profile):
     assert len(profile.guidance.rel_mae) == 2
     assert len(profile.noise_levels) == STEPS
     assert all(1 >= a > b > 0 for a, b in itertools.pairwise(profile.noise_levels))
+    assert [guidance.scale for guidance in profile.further_guidance] == [3.0]
+    assert profile.further_guidance[0].rel_mae != profile.guidance.rel_mae
+    assert {len(row) for row in profile.redundancy.change.values()} == {STEPS - 1}
+    assert set(profile.redundancy.mean) <= {value.name for value in profile.graph.values}
+    assert profile.sampling.prompts == 2
+    assert len(profile.compounding.checks) == profile.compounding.schedules
     cheap = {p.name for p in profile.patterns if not p.is_exact}
     assert set(profile.errors_by_pattern) == cheap
     assert all(value > 0 for e in profile.errors for c in e.curves for row in c.rmse for value in row)
@@ -60,10 +72,51 @@ def test_profile_yields_plans(profile):
 
 
 def test_equal_seeds_give_equal_curves(bench, profile):
-    again = measure(bench)
-    assert again.guidance == profile.guidance
-    kept = [e for e in again.errors if e.pattern == "reuse"]
-    assert kept == [e for e in profile.errors if e.pattern == "reuse"]
+    """Tables follow measured times, so they are taken from the profile; everything else is measured again."""
+    measurement = ErrorMeasurement(
+        bench.generation(STEPS), ["a cat", "a dog"], bench.denoiser, profile.model.signature, profile.partitions,
+        profile.patterns, ErrorSettings(probes=2, grid=QUICK), Partial(None, {}),
+    )
+    with torch.no_grad():
+        for parameter in bench.denoiser.parameters():
+            parameter.requires_grad_(False)
+    try:
+        curves = measurement.curves()
+    finally:
+        for parameter in bench.denoiser.parameters():
+            parameter.requires_grad_(True)
+    assert curves.guidance == profile.guidance
+    assert curves.redundancy == profile.redundancy
+    by_name = {pattern.name: pattern for pattern in profile.patterns}
+    assert weighted(curves.errors, by_name, profile.sampling.weights) == profile.errors
+
+
+class Stop(Exception):
+    """Ends a session in the middle."""
+
+
+def test_a_stopped_session_continues(bench, tmp_path):
+    if bench.name != "unet":
+        pytest.skip("one model is enough")
+    file = tmp_path / "p.json.partial"
+
+    def stop(stage, done, total):
+        if stage == "whole schedules" and done == 1:
+            raise Stop
+
+    few = {"prompts": ["a cat"], "num_inference_steps": 4, "gpus": (1,), "partial": file}
+    with pytest.raises(Stop):
+        measure(bench, on_progress=stop, **few)
+    assert file.exists()
+    with pytest.raises(PlanMismatchError, match="its seed is 0, this one's is 1"):
+        measure(bench, seed=1, **few)
+    stages = []
+    finished = measure(bench, on_progress=lambda stage, done, total: stages.append(stage), **few)
+    assert any(stage.startswith(f"continuing {file}") for stage in stages)
+    assert not {"layer times", "stage times", "recording", "propagation to the image"} & set(stages)
+    assert finished.compounding.schedules > 1
+    assert not file.exists()
+    assert all(parameter.requires_grad for parameter in bench.denoiser.parameters())
 
 
 def test_errors_can_come_from_another_device(bench, profile):

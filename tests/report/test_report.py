@@ -25,7 +25,8 @@ from hybridiff_compiler.report import (
 
 ROW = Row(
     name="planned-35", ranks=2, steps=4, patterns={"branch": 3, "reuse": 1}, latency_s=0.5, speedup=3.0,
-    ideal_speedup=3.2, predicted_speedup=3.1, psnr_db=35.5, psnr_db_min=31.0, predicted_psnr_db=36.0, max_abs_diff=0.25,
+    ideal_speedup=3.2, work_speedup=3.5, predicted_speedup=3.1,
+    psnr_db=35.5, psnr_db_min=31.0, predicted_psnr_db=36.0, max_abs_diff=0.25,
 )
 EXACT = Row(name="branch", ranks=2, steps=4, patterns={"branch": 4}, max_abs_diff=0.0)
 RESULTS = Results(device="a CPU", models={"unet": ModelResults(rows=(EXACT, ROW))})
@@ -57,8 +58,8 @@ def test_json_has_the_shape_that_benchmarks_keep():
     assert list(payload) == ["schema", "device", "models"]
     assert list(payload["models"]["unet"]) == ["rows"]
     assert list(payload["models"]["unet"]["rows"][1]) == [
-        "name", "ranks", "steps", "patterns", "latency_s", "speedup", "ideal_speedup", "predicted_speedup", "psnr_db",
-        "psnr_db_min", "predicted_psnr_db", "max_abs_diff",
+        "name", "ranks", "steps", "patterns", "latency_s", "speedup", "ideal_speedup", "work_speedup",
+        "predicted_speedup", "psnr_db", "psnr_db_min", "predicted_psnr_db", "max_abs_diff",
     ]
     assert payload["schema"] == 1
     assert payload["models"]["unet"]["rows"][0]["psnr_db"] is None
@@ -77,11 +78,11 @@ def test_results_table():
     text = printed(results_table("title", RESULTS.models["unet"]))
     line = next(line for line in text.splitlines() if "planned-35" in line)
     assert line.split() == [
-        "planned-35", "4", "B", "3", ".", "1", "0.500", "3.00x", "3.20x", "3.10x", "35.5", "31.0", "36.0",
+        "planned-35", "4", "B", "3", ".", "1", "0.500", "3.00x", "3.20x", "3.50x", "3.10x", "35.5", "31.0", "36.0",
         "2.5e-01",
     ]
     exact = next(line for line in text.splitlines() if line.split()[:1] == ["branch"])
-    assert exact.split()[-8:] == ["-"] * 7 + ["0"]
+    assert exact.split()[-9:] == ["-"] * 8 + ["0"]
 
 
 def test_text_plot():

@@ -135,4 +135,5 @@ def test_estimate_memory_combines_as_the_tables_say():
     assert memory.pair(Combine.LAST, {})["uncond"] == 2
     mirror = memory.pair(Combine.MIRROR, {"cond": c})
     assert mirror["uncond"] is mirror["cond"]
+    assert memory.pair(Combine.LAST, {})["uncond"] is not mirror["uncond"]  # guidance is not lost for longer
     assert memory.pair(Combine.DELTA, {"cond": c2})["uncond"] == 2  # the guided pair, not the mirrored one

@@ -1,0 +1,185 @@
+"""Why a plan is as it is: what its cheap steps buy and cost, what holds it back, and what a little more would buy."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from itertools import groupby
+
+from ..ir import FixedSchedule, Plan, PlanMismatchError, Profile, UsageError
+from .problem import Problem
+from .rescale import at_steps
+from .schedule import Frontier
+from .solve import solve_problem
+from .target import Target
+from .work import in_work_units
+
+__all__ = ["CheapRun", "Explanation", "Trade", "explain", "target_of"]
+
+_SLACK = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheapRun:
+    """Neighbouring steps that are not exact."""
+
+    start: int
+    stop: int
+    """First step after the run."""
+    patterns: dict[str, int]
+    """How many steps run which pattern."""
+    saved_ms: float
+    """What the loop would take longer if these steps were exact."""
+    cost_db: float | None
+    """By how much the predicted PSNR would rise then; None where the plan would be exact."""
+    error_share: float
+    """Part of the summed error that would go, what later steps save by fresher values included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trade:
+    """A neighbour on the frontier."""
+
+    what: str
+    """E.g. `1 dB more`."""
+    latency_ms: float
+    """Of the neighbour."""
+    psnr_db: float | None
+    """Of the neighbour; None where it is exact."""
+    delta_ms: float
+    delta_db: float | None
+    """Neighbour minus plan."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """All of it."""
+
+    latency_ms: float
+    psnr_db: float | None
+    runs: tuple[CheapRun, ...]
+    binding: str
+    """The constraint that stops the plan from being better, in words."""
+    trades: tuple[Trade, ...]
+
+
+def explain(profile: Profile, plan: Plan) -> Explanation:
+    """Explain a fixed schedule, or of another kind the one that runs without measurements.
+
+    Raises:
+        PlanMismatchError: the plan is for another denoiser.
+        InputError: the profile has no pattern errors.
+    """
+    if profile.model.fingerprint != plan.model.fingerprint:
+        raise PlanMismatchError(
+            f"the plan is for {plan.model.name} (layer graph {plan.model.fingerprint[:12]}), the profile for "
+            f"{profile.model.name} ({profile.model.fingerprint[:12]}); give the profile that it was made from"
+        )
+    target, words = target_of(plan)
+    scaled = at_steps(profile, int(words.get("steps", profile.num_steps)), strength=float(words.get("strength", 1)))
+    if scaled.num_steps != plan.num_steps:
+        scaled = at_steps(profile, plan.num_steps)
+    in_work = words.get("costs") == "work"
+    costed = in_work_units(scaled) if in_work else scaled
+    problem = Problem(costed, plan.world_size, extra=plan.patterns, ranks=plan.ranks)
+    schedule = plan.schedule if isinstance(plan.schedule, FixedSchedule) else plan.schedule.resolve([])
+    steps = schedule.steps
+    latency, error = problem.latency_s(steps), problem.error(steps)
+    without = [word for word in words.get("without", "").split(",") if word]
+    solved = solve_problem(Problem(problem.profile, plan.world_size, without, ranks=plan.ranks))
+    return Explanation(
+        latency_ms=1e3 * latency, psnr_db=_db(problem, error), runs=_runs(problem, steps),
+        binding=_binding(problem, solved, target, latency, error), trades=_trades(problem, solved, latency, error),
+    )
+
+
+def target_of(plan: Plan) -> tuple[Target | None, dict[str, str]]:
+    """The target that a plan was solved for, and all words of `Predictions.target`; None for hand-made plans."""
+    words = dict(word.split("=", 1) for word in plan.predictions.target.split() if "=" in word)
+    try:
+        return Target(
+            policy=words.get("policy"),
+            **{name: float(words[name]) for name in ("min_psnr", "speedup", "max_latency_ms", "quantile")
+               if name in words},
+        ), words
+    except (UsageError, ValueError):
+        return None, words
+
+
+def _db(problem: Problem, error: float | None) -> float | None:
+    if error is None:
+        return None
+    psnr = problem.psnr_db(error)
+    return None if math.isinf(psnr) else psnr
+
+
+def _runs(problem: Problem, steps: tuple[str, ...]) -> tuple[CheapRun, ...]:
+    exact, total = problem.exact.name, problem.error(steps)
+    runs, start = [], 0
+    for is_exact, group in groupby(steps, key=lambda name: problem.by_name[name].is_exact):
+        names = list(group)
+        stop = start + len(names)
+        if not is_exact:
+            repaired = (*steps[:start], *(exact,) * len(names), *steps[stop:])
+            left = problem.error(repaired)
+            before, after = _db(problem, total), _db(problem, left)
+            runs.append(CheapRun(
+                start=start, stop=stop, patterns=dict(Counter(names)),
+                saved_ms=1e3 * (problem.latency_s(repaired) - problem.latency_s(steps)),
+                cost_db=None if before is None or after is None else after - before,
+                error_share=(total - left) / total if total and left is not None else 0.0,
+            ))
+        start = stop
+    return tuple(runs)
+
+
+def _binding(
+    problem: Problem, solved: Frontier, target: Target | None, latency: float, error: float | None
+) -> str:
+    if target is None or target.policy is not None or error is None:
+        return "none: the schedule was not solved for a target"
+    needed, budget = target.needed_db(problem), target.budget_s(problem)
+    if needed is not None:
+        faster = [i for i in range(len(solved)) if solved.latency_s[i] < latency * (1 - _SLACK)]
+        if not faster:
+            return "none: no schedule is faster"
+        judged = problem.judged_db(float(solved.error[faster[-1]]), target.quantile)
+        of = "mean" if target.quantile is None else f"{target.quantile:g} quantile"
+        return (
+            f"quality: {target.min_psnr:g} dB asked for, with {problem.reserve_db(target.quantile):.2f} dB in reserve; "
+            f"predicted {problem.judged_db(error, target.quantile):.2f} dB ({of}), the next faster schedule "
+            f"{judged:.2f} dB ({1e3 * (latency - float(solved.latency_s[faster[-1]])):.2f} ms less)"
+        )
+    assert budget is not None, "a target has a quality or a latency"
+    slower = [i for i in range(len(solved)) if solved.error[i] < error * (1 - _SLACK)]
+    if not slower:
+        return "none: no schedule is better"
+    psnr = _db(problem, float(solved.error[slower[0]]))
+    return (
+        f"latency: {1e3 * budget:.2f} ms allowed, predicted {1e3 * latency:.2f} ms; the next better schedule takes "
+        f"{1e3 * float(solved.latency_s[slower[0]]):.2f} ms ({'exact' if psnr is None else f'{psnr:.2f} dB'})"
+    )
+
+
+def _trades(problem: Problem, solved: Frontier, latency: float, error: float | None) -> tuple[Trade, ...]:
+    own = _db(problem, error)
+    trades = []
+
+    def add(what: str, point: int) -> None:
+        psnr, at = _db(problem, float(solved.error[point])), float(solved.latency_s[point])
+        trades.append(Trade(
+            what=what, latency_ms=1e3 * at, psnr_db=psnr, delta_ms=1e3 * (at - latency),
+            delta_db=None if psnr is None or own is None else psnr - own,
+        ))
+
+    if own is not None:
+        for db in (1, -1):
+            good = [i for i in range(len(solved)) if problem.psnr_db(float(solved.error[i])) >= own + db]
+            if good:
+                add(f"{abs(db)} dB {'more' if db > 0 else 'less'}", good[0])
+    for ms in (10, -10):
+        quick = [i for i in range(len(solved)) if solved.latency_s[i] <= latency + ms / 1e3 + _SLACK * latency]
+        if quick:
+            add(f"{abs(ms)} ms {'more' if ms > 0 else 'less'}", quick[-1])
+    return tuple(trades)

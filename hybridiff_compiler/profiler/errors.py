@@ -1,0 +1,305 @@
+"""The error side of a profile: discrepancy curves, errors by step and age, and whole schedules to check them on.
+
+Every finished part (a batch of prompts, a schedule) goes into the session's `Partial`, so that a stopped session does
+it only once. Cost: prompts x steps for the exact runs, prompts x probes x steps for the propagation, curve prompts x
+measured steps x ages x distinct segments for the errors, one block of prompts per schedule: O(steps x patterns), as
+no run is finished for a single (step, pattern, age).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..ir import (
+    CallSignature,
+    ErrorSampling,
+    FixedSchedule,
+    Guidance,
+    ModelInfo,
+    Partition,
+    Pattern,
+    PatternErrors,
+    Plan,
+    RankSpec,
+    Redundancy,
+)
+from ..quality import MAX_PSNR_DB, psnr
+from ..runtime.segments import SegmentRunner, scale_signature
+from ..runtime.simulator import Simulator
+from .attribution import grouped_errors
+from .compounding import MeasuredSchedule
+from .curves import error_curves
+from .decode import decoder_of
+from .generate import Generation
+from .grid import THINNED, Grid
+from .linear import sampler_map
+from .partial import Partial
+from .record import Option, Recorder, guided, options_of
+from .sensitivity import Sketches, propagate, pull_back_images, standard_error_db
+
+__all__ = ["Curves", "ErrorMeasurement", "ErrorSettings"]
+
+Progress = Callable[[str, int, int], None]
+_BLOCK = 12
+"""Prompts that a whole schedule is measured on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorSettings:
+    """How finely errors are measured."""
+
+    probes: int = 4
+    """Random image directions per prompt."""
+    curve_prompts: int = 8
+    """Prompts, the first ones, on which errors by step and age are measured."""
+    grid: Grid = THINNED
+    """Steps and ages that are measured; the rest is interpolated."""
+    images_per_batch: int = 8
+    """Prompts generated together."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What exact generations showed."""
+
+    num_steps: int
+    guidance: Guidance
+    redundancy: Redundancy
+    errors: tuple[PatternErrors, ...]
+    sampling: ErrorSampling
+
+
+@dataclass
+class _Batch:
+    """Prompts generated together."""
+
+    first: int
+    prompts: list[str]
+    final: Tensor = field(default_factory=lambda: torch.empty(0))
+    rel_mae: list[list[float]] = field(default_factory=list)
+    """Per prompt, per step."""
+    changes: list[dict[str, float]] = field(default_factory=list)
+    sketches: Sketches | None = None
+
+
+class ErrorMeasurement:
+    """Measures one pipeline's prompts over a given set of tables."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        prompts: Sequence[str],
+        denoiser: nn.Module,
+        signature: CallSignature,
+        partitions: Sequence[Partition],
+        patterns: Sequence[Pattern],
+        settings: ErrorSettings,
+        partial: Partial,
+        on_progress: Progress = lambda stage, done, total: None,
+    ) -> None:
+        self._generation, self._denoiser, self._signature = generation, denoiser, signature
+        self._partitions, self._patterns = tuple(partitions), tuple(patterns)
+        self._settings, self._partial, self._progress = settings, partial, on_progress
+        self._exact = next(p for p in patterns if p.is_exact and p.world_size == 2)
+        self._options = options_of(self._patterns, settings.grid.ages)
+        self._runners: dict[int, SegmentRunner] = {}
+        size = settings.images_per_batch
+        curved = list(prompts)[: settings.curve_prompts]
+        self._batches = [_Batch(k, curved[k : k + size]) for k in range(0, len(curved), size)]
+        self._batches += [
+            _Batch(k, list(prompts)[k : k + size]) for k in range(len(curved), len(prompts), size)
+        ]
+        self._curved = len(curved)
+
+    def curves(self) -> Curves:
+        """Run every prompt exactly; errors by step and age on the first ones."""
+        for number, batch in enumerate(self._batches):
+            name = f"prompts {batch.first}-{batch.first + len(batch.prompts) - 1}"
+            kept = self._partial.get(name)
+            if kept is not None:
+                self._restore(batch, *kept)
+            else:
+                self._record(batch, number)
+                self._partial.put(name, *self._kept(batch))
+            self._progress("exact runs, errors by step and age", number + 1, len(self._batches))
+        steps = len(self._batches[0].rel_mae[0])
+        sketches = [batch.sketches for batch in self._batches if batch.sketches is not None]
+        rel_mae = [row for batch in self._batches for row in batch.rel_mae]
+        measured = [step for step in range(steps) if sketches[0].steps[step]]
+        spread = [
+            standard_error_db([each.steps[step][option] for each in sketches])
+            for step in measured for option in sketches[0].steps[step]
+        ]
+        return Curves(
+            num_steps=steps,
+            guidance=Guidance(rel_mae=tuple(tuple(float(f"{v:.6g}") for v in row) for row in rel_mae)),
+            redundancy=self._redundancy(),
+            errors=error_curves(sketches, self._options, self._settings.grid.ages, steps),
+            sampling=ErrorSampling(
+                prompts=self._curved, probes=self._settings.probes, measured_steps=max(1, len(measured)),
+                ages=self._settings.grid.ages, estimator_db=round(float(np.mean(spread)), 3) if spread else 0.0,
+            ),
+        )
+
+    def guidance_at(self, scale: float) -> Guidance:
+        """The discrepancy curves at another guidance scale, from exact generations of the first prompts."""
+        name = f"guidance {scale:g}"
+        kept = self._partial.get(name)
+        if kept is not None:
+            return Guidance.model_validate(kept[1])
+        rel_mae: list[tuple[float, ...]] = []
+        batches = [batch for batch in self._batches if batch.first < self._curved]
+        for number, batch in enumerate(batches):
+            self._progress(f"guidance scale {scale:g}", number, len(batches))
+            recorder = self._recorder(batch, (), scale)
+            self._generation.at(scale).latents(batch.prompts, recorder, batch.first)
+            rel_mae += [tuple(float(f"{v:.6g}") for v in row) for row in zip(*recorder.recording.rel_mae)]
+        self._progress(f"guidance scale {scale:g}", len(batches), len(batches))
+        guidance = Guidance(rel_mae=tuple(rel_mae), scale=scale)
+        self._partial.put(name, guidance.model_dump(mode="json"))
+        return guidance
+
+    @torch.no_grad()
+    def schedules(
+        self, model: ModelInfo, errors: Sequence[PatternErrors], proposals: Sequence[tuple[tuple[str, ...], str]]
+    ) -> list[MeasuredSchedule]:
+        """Measure whole schedules, each on one block of the prompts in turn.
+
+        Args:
+            model: for the plans that are simulated.
+            errors: the curves, for the schedules' errors by kind.
+            proposals: (steps, kind), like ones next to each other.
+        """
+        decode = decoder_of(self._generation.pipe)
+        blocks = self._blocks()
+        by_name, measured = {pattern.name: pattern for pattern in self._patterns}, []
+        known = {each.pattern: each for each in errors}
+        for number, (steps, kind) in enumerate(proposals):
+            self._progress("whole schedules", number, len(proposals))
+            block = number % len(blocks)
+            schedule = FixedSchedule(steps=steps)
+            name = f"schedule {block} {schedule}"
+            kept = self._partial.get(name)
+            if kept is None:
+                plan = Plan(
+                    model=model, ranks=(RankSpec(device="cpu"),) * self._exact.world_size,
+                    partitions=self._partitions, patterns=self._patterns, exact=self._exact.name, schedule=schedule,
+                )
+                simulator = Simulator(plan, self._denoiser, runners=self._runners)
+                values: list[float] = []
+                for batch in blocks[block]:
+                    self._runner(len(batch.prompts))
+                    final = self._generation.latents(batch.prompts, simulator, batch.first)
+                    reference = decode(batch.final.to(final))
+                    values += [min(value, MAX_PSNR_DB) for value in psnr(decode(final), reference)]
+                self._partial.put(name, values)
+            else:
+                values = kept[1]
+            measured.append(MeasuredSchedule(grouped_errors(by_name, known, steps), tuple(values), block, kind))
+        self._progress("whole schedules", len(proposals), len(proposals))
+        return measured
+
+    def _blocks(self) -> list[list[_Batch]]:
+        """The prompts in blocks of about a dozen, two at least; a single prompt makes one. No gradients are kept, so
+        batches may be larger."""
+        size = 2 * self._settings.images_per_batch
+        single = [
+            (batch.first + k, prompt, batch.final[k : k + 1])
+            for batch in self._batches for k, prompt in enumerate(batch.prompts)
+        ]
+        count = min(len(single), max(2, round(len(single) / _BLOCK)))
+        borders = [round(k * len(single) / count) for k in range(count + 1)]
+        result = []
+        for begin, end in pairwise(borders):
+            batches = []
+            for k in range(begin, end, size):
+                chunk = single[k : min(k + size, end)]
+                batches.append(_Batch(chunk[0][0], [p for _, p, _ in chunk], torch.cat([f for _, _, f in chunk])))
+            result.append(batches)
+        return result
+
+    def _runner(self, images: int) -> SegmentRunner:
+        if images not in self._runners:
+            self._runners[images] = SegmentRunner(
+                self._denoiser, scale_signature(self._signature, 1, images), self._patterns, self._partitions,
+                batch=images,
+            )
+        return self._runners[images]
+
+    def _recorder(self, batch: _Batch, options: Sequence[Option], scale: float, number: int = 0) -> Recorder:
+        def on_step(step: int, total: int) -> None:
+            if options:
+                self._progress("recording", number * total + step + 1, len(self._curved_batches) * total)
+
+        return Recorder(
+            lambda: self._generation.pipe.scheduler, self._runner(len(batch.prompts)),
+            [self._exact, *self._patterns], options, scale, self._settings.grid, on_step=on_step,
+        )
+
+    @property
+    def _curved_batches(self) -> list[_Batch]:
+        return [batch for batch in self._batches if batch.first < self._curved]
+
+    def _record(self, batch: _Batch, number: int) -> None:
+        scale, curved = self._generation.guidance_scale, batch.first < self._curved
+        recorder = self._recorder(batch, self._options if curved else (), scale, number)
+        batch.final = self._generation.latents(batch.prompts, recorder, batch.first)
+        record = recorder.recording
+        batch.rel_mae = [list(row) for row in zip(*record.rel_mae)]
+        if not curved:
+            return
+        batch.changes = record.changes
+        steps = len(record.pairs)
+        sampler = sampler_map(record.scheduler, steps)
+        path = next(leaf.path for leaf in self._signature.leaves if leaf.shape is not None)
+        start = record.inputs[0]["cond"][path] / float(sampler.start_to_input[0])
+        sampler.check(start, [guided(pair, scale) for pair in record.pairs], batch.final)
+        probes, pixels = pull_back_images(
+            decoder_of(self._generation.pipe), batch.final, self._settings.probes, self._generation.seed + batch.first
+        )
+        total = len(self._curved_batches)
+        batch.sketches = propagate(
+            record, self._runner(len(batch.prompts)), self._exact, sampler, path, probes, pixels, scale,
+            on_step=lambda done, all_steps: self._progress(
+                "propagation to the image", number * all_steps + done, total * all_steps
+            ),
+        )
+
+    def _redundancy(self) -> Redundancy:
+        recorded = [batch for batch in self._batches if batch.changes]
+        counts = np.array([len(batch.prompts) for batch in recorded], dtype=float)
+        change: dict[str, tuple[float, ...]] = {}
+        for name in recorded[0].changes[0] if recorded else ():
+            rows = np.array([[step[name] for step in batch.changes] for batch in recorded])
+            change[name] = tuple(float(f"{value:.4g}") for value in counts @ rows / counts.sum())
+        return Redundancy(change=change)
+
+    def _kept(self, batch: _Batch) -> tuple[Mapping[str, object], dict[str, Tensor]]:
+        data: dict[str, object] = {"rel_mae": batch.rel_mae, "changes": batch.changes}
+        tensors = {"final": batch.final}
+        if batch.sketches is not None:
+            entries = [
+                (step, option) for step, row in enumerate(batch.sketches.steps) for option in row
+            ]
+            data |= {
+                "steps": len(batch.sketches.steps), "pixels": batch.sketches.pixels,
+                "entries": [(step, self._options.index(option)) for step, option in entries],
+            }
+            tensors["sketches"] = torch.stack([batch.sketches.steps[step][option] for step, option in entries])
+        return data, tensors
+
+    def _restore(self, batch: _Batch, tensors: Mapping[str, Tensor], data: dict[str, Any]) -> None:
+        batch.final = tensors["final"].to(next(self._denoiser.parameters()).device)
+        batch.rel_mae, batch.changes = data["rel_mae"], data["changes"]
+        if "sketches" in tensors:
+            rows: list[dict[Option, Tensor]] = [{} for _ in range(data["steps"])]
+            for (step, index), sketch in zip(data["entries"], tensors["sketches"]):
+                rows[step][self._options[index]] = sketch
+            batch.sketches = Sketches(rows, data["pixels"])
