@@ -2,7 +2,7 @@
 
 Building takes minutes of one CPU core per model and little of the GPUs, measuring needs them alone.
 
-    python tools/bench_together.py OUT_FOLDER sd3 sdxl:single-eager,single-compiled,branch --build-limit 280
+    python tools/bench_together.py OUT_FOLDER sd3 sdxl@inductor-frozen:single-compiled,branch --build-limit 280
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def main() -> None:
     """Start one process per model and give them turns."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where NAME.json is written")
-    parser.add_argument("models", nargs="+", help="NAME or NAME:ROW,ROW,...")
+    parser.add_argument("models", nargs="+", help="NAME, NAME@BACKEND, NAME:ROW,ROW,... or NAME@BACKEND:ROW,...")
     parser.add_argument("--pixels", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--device", default="cuda")
@@ -65,11 +65,12 @@ def _measure(arguments: argparse.Namespace) -> None:
     from hybridiff_compiler.quality.bench import ROWS, Bench, bench_results
 
     (model,) = arguments.models
-    name, _, chosen = model.partition(":")
+    label, _, chosen = model.partition(":")
+    name, _, backend = label.partition("@")
     begin, stages = time.monotonic(), set()
 
     def say(text: str) -> None:
-        sys.stdout.write(f"[{name} {time.monotonic() - begin:6.1f} s] {text}\n")
+        sys.stdout.write(f"[{label} {time.monotonic() - begin:6.1f} s] {text}\n")
         sys.stdout.flush()
 
     def on_progress(stage: str, done: int, total: int) -> None:
@@ -83,7 +84,7 @@ def _measure(arguments: argparse.Namespace) -> None:
     )
     bench = Bench(
         built.pipe, built.options(arguments.pixels, 0), name=name, pixels=arguments.pixels, steps=arguments.steps,
-        rows=chosen.split(",") if chosen else ROWS,
+        rows=chosen.split(",") if chosen else ROWS, backend=backend or None,
     )
     rows = []
     with bench.open(on_progress) as measure:
@@ -95,7 +96,7 @@ def _measure(arguments: argparse.Namespace) -> None:
             rows.append(row)
             say(row.model_dump_json())
             results = bench_results({name: tuple(rows)}, device=arguments.device, gpus=2, seed=0, random_weights=True)
-            results.save(arguments.folder / f"{name}.json")
+            results.save(arguments.folder / f"{label.replace("@", "-")}.json")
 
 
 def _mark(folder: Path, model: str, what: str) -> Path:

@@ -9,7 +9,7 @@ run_tests() {  # NAME SECONDS EXPRESSION
     timeout -k 5 "$2" python3 -m pytest tests/gpu -q -s -p no:cacheprovider -k "$3" > "$folder/$1.log" 2>&1
     tail -c 2500 "$folder/$1.log"
 }
-timeout -k 5 "$limit" python3 tools/bench_together.py "$folder/bench" "$@" --build-limit $((limit - 110)) \
+timeout -k 5 "$limit" python3 tools/bench_together.py "$folder/bench" "$@" --build-limit $((limit - 140)) \
     --wait-for "$folder/tested" > "$folder/bench.log" 2>&1 &
 bench=$!
 run_tests patterns 120 "every_pattern"
@@ -19,7 +19,7 @@ if ! grep -q "[0-9] passed" "$folder/patterns.log"; then
     exit 1
 fi
 run_tests failures 60 "failing_worker"
-run_tests others 90 "not every_pattern and not failing_worker"
+run_tests others 170 "not every_pattern and not failing_worker"
 touch "$folder/tested"
 wait "$bench"
 tail -c 5500 "$folder/bench.log"

@@ -8,7 +8,8 @@ any callable the same manners, so that whoever handles such outputs can be teste
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -43,7 +44,7 @@ class CudaRecorder:
         self, call: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]
     ) -> tuple[Callable[[], None], Sequence[Tensor]]:
         """See `Recorder`; compiles and warms up on a side stream first."""
-        with torch.cuda.device(self._device), torch.no_grad():
+        with torch.cuda.device(self._device), torch.no_grad(), _fastest_convolutions():
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             stream = torch.cuda.Stream(self._device)
@@ -58,6 +59,17 @@ class CudaRecorder:
                 outputs = call(*inputs)
             torch.cuda.current_stream().wait_stream(stream)
         return graph.replay, outputs
+
+
+@contextmanager
+def _fastest_convolutions() -> Iterator[None]:
+    """Have cuDNN time its algorithms for each shape, unless the user wants deterministic ones."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or not torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def record_plainly(

@@ -55,11 +55,11 @@ class GpuModel:
         generator = torch.Generator().manual_seed(1)
         return (pipe or self.pipe)(prompt, generator=generator, output_type="latent", **arguments).images
 
-    def simulate(self, plan: Plan, prompt: str, backend: str = "eager") -> torch.Tensor:
+    def simulate(self, plan: Plan, prompt: str, backend: str = "eager", **kwargs) -> torch.Tensor:  # type: ignore[no-untyped-def]
         """Latents as one device makes them with the same graphs."""
         known = self._runners.setdefault((backend, plan.patterns, plan.partitions), {})
         with intercept(self._other, Simulator(plan, find_denoiser(self._other)[1], backend=backend, runners=known)):
-            return self(prompt, self._other)
+            return self(prompt, self._other, **kwargs)
 
 
 @pytest.fixture(scope="session")
