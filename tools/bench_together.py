@@ -96,7 +96,7 @@ def _measure(arguments: argparse.Namespace) -> None:
             rows.append(row)
             say(row.model_dump_json())
             results = bench_results({name: tuple(rows)}, device=arguments.device, gpus=2, seed=0, random_weights=True)
-            results.save(arguments.folder / f"{label.replace("@", "-")}.json")
+            results.save(arguments.folder / (label.replace("@", "-") + ".json"))
 
 
 def _mark(folder: Path, model: str, what: str) -> Path:
