@@ -17,7 +17,7 @@ from .estimates import EstimateMemory
 from .executor import RankExecutors
 from .intercept import GuidedCall
 from .orders import MAX_MISSED, TIMING, TRACING, Order, OrderOutbox
-from .processes import RESIZED, TIMED, TRACED, WorkerPool
+from .processes import RESIZED, TIMED, TRACED, Pool
 from .schedule_state import ScheduleState
 from .segments import batch_factor, scale_signature
 from .trace import RankTrace, merge_traces
@@ -40,7 +40,7 @@ class Driver:
         executors: RankExecutors,
         *,
         transport: Transport | None,
-        pool: WorkerPool | None,
+        pool: Pool | None,
         close: Callable[[], None],
         watch: DeviceWatch | None = None,
     ) -> None:

@@ -52,15 +52,16 @@ class NcclTransport(Transport):
     posts_early = False
 
     def __init__(
-        self, store: dist.Store, rank: int, world_size: int, *, timeout_s: float | None, device: torch.device
+        self, store: dist.Store, rank: int, world_size: int, *, timeout_s: float | None, device: torch.device,
+        one_host: bool = True,
     ) -> None:
         """Connects to all other ranks, which must do the same at the same time.
 
         Args:
-            store, rank, world_size, timeout_s: see `Transport`.
+            store, rank, world_size, timeout_s, one_host: see `Transport`.
             device: this rank's GPU; no other rank may have the same.
         """
-        super().__init__(store, rank, world_size, timeout_s=timeout_s)
+        super().__init__(store, rank, world_size, timeout_s=timeout_s, one_host=one_host)
         self.device = device
         self._nccl: dict[str, Any] = {}
         with torch.cuda.device(device), _environment(ENVIRONMENT):

@@ -24,9 +24,10 @@ from .executor import RankExecutors, graphs_for
 from .handover import pack_skeleton, raw_bytes
 from .intercept import find_denoiser, intercept, is_intercepted
 from .nccl import ENVIRONMENT, NcclTransport
-from .processes import JOINED, READY, WorkerPool, open_store
+from .processes import JOINED, READY, Pool, WorkerPool, open_store
 from .segments import is_bundle
 from .settings import NumericSettings
+from .torchrun import TorchrunPool, is_one_host, own_device, own_rank, rendezvous, serve_rank
 from .transport import PeerError, Transport
 from .watch import DeviceWatch
 
@@ -55,6 +56,9 @@ def parallelize(
     Use as `with parallelize(pipe, plan): pipe(...)`, or call `close()` on the result. The pipeline itself is not
     changed; calls that the plan does not cover run as if it were not there.
 
+    Under torchrun, which starts one process per rank, rank 0 is the driver and goes on as above; in the other ranks
+    this call serves it, and ends the process when rank 0 ends.
+
     Args:
         pipe: a diffusers pipeline whose denoiser is on the first rank's device.
         plan: what to run: a plan, its file, or a bundle or its folder, which is loaded without compiling.
@@ -71,10 +75,13 @@ def parallelize(
         PlanMismatchError: the plan is for another model, or for other devices.
         UsageError: an argument that can never work.
         WorkerError: a worker could not be started.
+        SystemExit: in ranks other than 0 under torchrun.
     """
     from ..bundle import resolve_plan
 
     plan, backend = resolve_plan(plan, backend)
+    if (rank := own_rank()) and plan.world_size > 1:
+        serve_rank(plan, rank)
     return ParallelPipeline(
         pipe, plan, devices=devices, timeout_s=timeout_s, threads=threads, backend=backend, batch_sizes=batch_sizes,
         on_progress=on_progress,
@@ -105,7 +112,7 @@ class ParallelPipeline:
         self._resources = contextlib.ExitStack()
         # Closes at the latest when the interpreter exits; refers to the resources only, not to this object.
         self._finalizer = weakref.finalize(self, self._resources.close)
-        self._pool: WorkerPool | None = None
+        self._pool: Pool | None = None
         self._transport: Transport | None = None
         try:
             default = "eager" if self._devices[0].type == "cpu" else "inductor"
@@ -204,12 +211,18 @@ class ParallelPipeline:
         captured = graphs_for(plan, denoiser, backend) if is_bundle(backend) or plan.world_size == 1 else None
         if plan.world_size > 1:
             skeleton, tensors = pack_skeleton(denoiser)
-            store = open_store()
-            environment = ENVIRONMENT if self._devices[0].type == "cuda" else {}
-            self._pool = WorkerPool(plan.world_size, store, threads=threads, environment=environment)
+            if own_rank() is not None:
+                store = rendezvous(plan)
+                self._pool = TorchrunPool(store, plan.world_size)
+                address: dict[str, Any] = {"one_host": is_one_host()}
+            else:
+                served = store = open_store()
+                environment = ENVIRONMENT if self._devices[0].type == "cuda" else {}
+                self._pool = WorkerPool(plan.world_size, store, threads=threads, environment=environment)
+                address = {"one_host": True, "host": "127.0.0.1", "port": served.port}
             self._resources.callback(self._pool.close)
             captured = captured or graphs_for(plan, denoiser, backend)
-            self._hand_over(store, skeleton, tensors, timeout_s, backend)
+            self._hand_over(store, address, skeleton, tensors, timeout_s, backend)
         assert captured is not None
         executors = RankExecutors(plan, denoiser, captured, rank=0, transport=self._transport, backend=backend)
         report = on_progress or (lambda what, done, total: None)
@@ -228,23 +241,24 @@ class ParallelPipeline:
         self._resources.enter_context(intercept(pipe, self._driver))
 
     def _hand_over(
-        self, store: dist.TCPStore, skeleton: bytes, tensors: list[Tensor], timeout_s: float, backend: str
+        self, store: dist.Store, address: dict[str, Any], skeleton: bytes, tensors: list[Tensor], timeout_s: float,
+        backend: str,
     ) -> None:
         """Give the workers plan and denoiser, and connect to them."""
         plan, pool = self.plan, self._pool
         assert pool is not None
         start = {
-            "plan": plan.model_dump_json(), "host": "127.0.0.1", "port": store.port, "backend": backend,
+            "plan": plan.model_dump_json(), "backend": backend,
             "settings": NumericSettings.current().to_json(), "devices": [str(device) for device in self._devices],
             "batch_sizes": self._batch_sizes,
-        }
+        } | address
         for rank in range(1, plan.world_size):
             pool.send_frame(rank, json.dumps(start).encode())
             pool.send_frame(rank, skeleton)
         pool.wait_for(JOINED, timeout_s=_START_TIMEOUT_S)
         try:
             transport = self._transport = connect(
-                store, 0, plan.world_size, timeout_s=timeout_s, device=self._devices[0]
+                store, 0, plan.world_size, timeout_s=timeout_s, device=self._devices[0], one_host=address["one_host"],
             )
             self._resources.callback(transport.close)
             transport.broadcast([raw_bytes(tensor) for tensor in tensors if tensor.numel()])
@@ -281,6 +295,8 @@ def assign_devices(
     own = next(denoiser.parameters()).device
     if planned[0] == "cpu":
         assigned = [torch.device("cpu")] * len(planned)
+    elif own_rank() is not None and len(planned) > 1:
+        assigned = [own_device("cuda")] * len(planned)  # every rank knows its own; the others may be on other hosts
     else:
         count = torch.cuda.device_count()
         if count < len(planned):

@@ -21,14 +21,47 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import torch.distributed as dist
 
 from ..ir import WorkerError
 
-__all__ = ["FAILED", "JOINED", "READY", "RESIZED", "TIMED", "TRACED", "WorkerPool", "open_store", "read_frame",
-           "write_frame"]
+__all__ = [
+    "FAILED", "JOINED", "READY", "RESIZED", "TIMED", "TRACED", "Pool", "WorkerPool", "open_store", "read_frame",
+    "write_frame",
+]
+
+class Pool(Protocol):
+    """The ranks other than the driver, as it sees them: child processes (`WorkerPool`) or what torchrun started."""
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Process ids, from rank 1 on, where they are known."""
+
+    def first_gone(self) -> int | None:
+        """The lowest rank that has ended, if any; may be asked from any thread."""
+
+    def send_frame(self, rank: int, data: bytes) -> None:
+        """Give a rank its next start message."""
+
+    def wait_for(self, key: str, *, timeout_s: float) -> None:
+        """Wait until every rank has set `key/rank` in the store."""
+
+    def tell(self, key: str, value: str) -> None:
+        """Set `key` in the store."""
+
+    def answer(self, key: str) -> str:
+        """What a rank has set `key` in the store to, waiting for it."""
+
+    def failure(
+        self, doing: str, *, silent: Sequence[int] = (), timeout_s: float = 0.0, suspect: int | None = None
+    ) -> WorkerError:
+        """The one error that says what went wrong."""
+
+    def close(self) -> None:
+        """End all of them; may be called again, from any thread."""
+
 
 JOINED, READY, FAILED, TIMED, TRACED, RESIZED = "joined", "ready", "failed", "timed", "traced", "resized"
 """Keys, followed by `/rank`, that workers set in the store."""

@@ -22,20 +22,24 @@ __all__ = ["Server"]
 class Server:
     """One rank serving orders."""
 
-    def __init__(self, rank: int, start: dict[str, Any], skeleton: bytes, store: dist.Store) -> None:
+    def __init__(
+        self, rank: int, start: dict[str, Any], skeleton: bytes, store: dist.Store,
+        device: torch.device | None = None,
+    ) -> None:
         """
         Args:
             rank: this rank, 1 or more.
             start: the driver's start message (see `parallelize`).
             skeleton: of the denoiser (see `handover`).
             store: where ranks find each other and answer.
+            device: default: the one that the start message names.
         """
         self.step: int | None = None
         """The step that is or was computed last, for reports of failures."""
         self._rank, self._start, self._skeleton, self._store = rank, start, skeleton, store
         self._plan = Plan.parse(start["plan"], source="plan from the driver")
         self._names = [pattern.name for pattern in self._plan.patterns]
-        self._device = torch.device(start["devices"][rank])
+        self._device = torch.device(start["devices"][rank]) if device is None else device
         self._generation = -1
         self._trace: RankTrace | None = None
 
@@ -51,7 +55,9 @@ class Server:
             torch.cuda.set_device(self._device)
         denoiser, tensors = unpack_skeleton(self._skeleton, self._device)
         store.set(f"{JOINED}/{rank}", "")
-        transport = connect(store, rank, plan.world_size, timeout_s=None, device=self._device)
+        transport = connect(
+            store, rank, plan.world_size, timeout_s=None, device=self._device, one_host=self._start["one_host"]
+        )
         transport.broadcast([raw_bytes(tensor) for tensor in tensors if tensor.numel()])
         backend = self._start["backend"]
         executors = RankExecutors(

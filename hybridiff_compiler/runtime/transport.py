@@ -8,6 +8,7 @@ own groups and several plans in one process do not meet.
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -112,7 +113,9 @@ class Transport:
     posts_early = True
     """Whether receives should be started as soon as they are foreseen, rather than when this rank's part is done."""
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, *, timeout_s: float | None) -> None:
+    def __init__(
+        self, store: dist.Store, rank: int, world_size: int, *, timeout_s: float | None, one_host: bool = True
+    ) -> None:
         """Connects to all other ranks, which must do the same at the same time.
 
         Args:
@@ -120,6 +123,7 @@ class Transport:
             rank: this rank.
             world_size: number of ranks.
             timeout_s: seconds to wait for a message before the peer counts as hung; None waits for ever.
+            one_host: whether all ranks are on this host; else the network interface is chosen as torch's gloo does.
         """
         self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
         self.sent_messages: Counter[Channel] = Counter()
@@ -128,7 +132,7 @@ class Transport:
         self._timeout = _FOREVER if timeout_s is None else timedelta(seconds=timeout_s)
         self._buffers: dict[tuple[bool, int, Channel, Layout], _Buffers] = {}
         self._received: set[int] = set()
-        self._group: Any = _gloo_group(store, rank, world_size)
+        self._group: Any = _gloo_group(store, rank, world_size, one_host)
 
     def send(self, peer: int, channel: Channel, layout: Layout, tensors: Sequence[Tensor]) -> None:
         """Start sending `tensors` to `peer`; they may be changed as soon as this returns."""
@@ -226,10 +230,15 @@ class Transport:
         return self._buffers[key]
 
 
-def _gloo_group(store: dist.Store, rank: int, world_size: int) -> Any:
+def _gloo_group(store: dist.Store, rank: int, world_size: int, one_host: bool) -> Any:
     options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     # Bound to the loopback address: gloo's default looks the host's name up, which fails on machines without one.
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+    group = dist.ProcessGroupGloo
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
+    options._devices = [
+        group.create_device(hostname="127.0.0.1") if one_host
+        else group.create_device(interface=interface) if interface else group.create_default_device()
+    ]
     options._timeout = timedelta(minutes=10)
     options._threads = 1
     return dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, world_size, options)

@@ -9,7 +9,7 @@ from collections import deque
 import torch
 
 from .nccl import NcclTransport
-from .processes import WorkerPool
+from .processes import Pool
 from .transport import PeerError
 
 __all__ = ["DeviceWatch"]
@@ -24,7 +24,7 @@ class DeviceWatch:
     Without it a transfer whose sender died would keep the driver's GPU, and whoever waits for it, for ever.
     """
 
-    def __init__(self, pool: WorkerPool, transport: NcclTransport) -> None:
+    def __init__(self, pool: Pool, transport: NcclTransport) -> None:
         self._pool, self._transport = pool, transport
         self._timeout_s = transport.timeout_s
         self._marks: deque[torch.cuda.Event] = deque()
