@@ -111,7 +111,8 @@ def _difference(work: Path) -> dict[str, float]:
 
 
 def _start(arguments: argparse.Namespace, model: str, work: Path, role: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, os.path.abspath(__file__), model, f"--device={arguments.device}", f"--role={role}"]
+    command = [sys.executable, "-X", "faulthandler", os.path.abspath(__file__), model]
+    command += [f"--device={arguments.device}", f"--role={role}"]
     command += [f"--gpus={arguments.gpus}", f"--steps={arguments.steps}", f"--repeats={arguments.repeats}"]
     command += [f"--folder={work}", f"--at={time.time()}", f"--go={work / f'{role}-go'}"]
     command += [f"--threads={arguments.threads}"] if arguments.threads else []

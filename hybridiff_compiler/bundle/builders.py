@@ -145,8 +145,8 @@ class _Builder:
             "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path),
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "hybridiff_compiler.bundle.builder"], stdin=subprocess.PIPE, bufsize=0,
-            stdout=subprocess.PIPE, stderr=self._log, env=variables, start_new_session=True,
+            [sys.executable, "-X", "faulthandler", "-m", "hybridiff_compiler.bundle.builder"], bufsize=0,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=variables, start_new_session=True,
         )
 
     def begin(self, start: dict[str, Any], skeleton: bytes) -> None:
@@ -188,7 +188,12 @@ class _Builder:
         code = self._process.wait()
         size = os.fstat(self._log.fileno()).st_size
         tail = os.pread(self._log.fileno(), _TAIL_BYTES, max(0, size - _TAIL_BYTES)).decode(errors="replace").strip()
-        reason = "was killed (out of memory?); use fewer --jobs" if code < 0 else f"exited with code {code}"
+        if code == -signal.SIGKILL:
+            reason = "was killed (out of memory?); use fewer --jobs"
+        elif code < 0:
+            reason = f"crashed ({signal.strsignal(-code)})"
+        else:
+            reason = f"exited with code {code}"
         return InputError(f"a process that compiles {reason}" + (f"; its last output:\n{tail}" if tail else ""))
 
 
