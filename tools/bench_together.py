@@ -2,7 +2,7 @@
 
 Building takes minutes of one CPU core per model and little of the GPUs, measuring needs them alone.
 
-    python tools/bench_together.py OUT_FOLDER sd3 sdxl@inductor-frozen:single-compiled,branch --build-limit 280
+    python tools/bench_together.py OUT_FOLDER sd3 sdxl@eager:single-compiled,branch --build-limit 280
 """
 
 from __future__ import annotations

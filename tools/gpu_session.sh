@@ -6,7 +6,7 @@ folder=$1 limit=$2
 shift 2
 mkdir -p "$folder"
 run_tests() {  # NAME SECONDS EXPRESSION
-    timeout -k 5 "$2" python3 -m pytest tests/gpu -q -s -p no:cacheprovider -k "$3" > "$folder/$1.log" 2>&1
+    timeout -k 5 "$2" python3 -m pytest tests/gpu -q -s -p no:cacheprovider -o faulthandler_timeout=40 -k "$3" > "$folder/$1.log" 2>&1
     tail -c 2500 "$folder/$1.log"
 }
 timeout -k 5 "$limit" python3 tools/bench_together.py "$folder/bench" "$@" --build-limit $((limit - 140)) \

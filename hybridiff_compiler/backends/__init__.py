@@ -19,7 +19,6 @@ __all__ = ["BACKENDS", "compile_stage"]
 BACKENDS: dict[str, Callable[[StageGraph], Callable[..., Sequence[Tensor]]]] = {
     "eager": eager.compile_stage,
     "inductor": inductor.compile_stage,
-    "inductor-frozen": inductor.compile_stage_frozen,
 }
 """Name -> compiler of one stage graph."""
 

@@ -8,8 +8,7 @@ any callable the same manners, so that whoever handles such outputs can be teste
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -44,7 +43,7 @@ class CudaRecorder:
         self, call: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]
     ) -> tuple[Callable[[], None], Sequence[Tensor]]:
         """See `Recorder`; compiles and warms up on a side stream first."""
-        with torch.cuda.device(self._device), torch.no_grad(), _fastest_convolutions():
+        with torch.cuda.device(self._device), torch.no_grad():
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             stream = torch.cuda.Stream(self._device)
@@ -59,17 +58,6 @@ class CudaRecorder:
                 outputs = call(*inputs)
             torch.cuda.current_stream().wait_stream(stream)
         return graph.replay, outputs
-
-
-@contextmanager
-def _fastest_convolutions() -> Iterator[None]:
-    """Have cuDNN time its algorithms for each shape, unless the user wants deterministic ones."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = before or not torch.are_deterministic_algorithms_enabled()
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def record_plainly(
