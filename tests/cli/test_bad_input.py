@@ -7,10 +7,10 @@ import pytest
 NO_WORK = [
     (["bake"], 2, "No such command 'bake'"),
     (["plan"], 2, "Missing argument 'PROFILE'"),
-    (["plan", "{profile}"], 2, "give exactly one of min_psnr, speedup and policy"),
-    (["plan", "{profile}", "--min-psnr", "30", "--speedup", "2"], 2, "give exactly one"),
+    (["plan", "{profile}"], 2, "give exactly one of min_psnr, speedup"),
+    (["plan", "{profile}", "--policy", "exact", "--speedup", "2"], 2, "give exactly one"),
     (["plan", "{profile}", "--min-psnr", "30", "--gpus", "0"], 2, "'--gpus'"),
-    (["plan", "{profile}", "--min-psnr", "30", "--gpus", "9"], 2, "got 9 GPUs"),
+    (["plan", "{profile}", "--min-psnr", "30", "--gpus", "99"], 2, "got 99 GPUs"),
     (["plan", "{profile}", "--min-psnr", "much"], 2, "'--min-psnr'"),
     (["plan", "{profile}", "--min-psnr", "nan"], 2, "nan"),
     (["plan", "{profile}", "--speedup", "-1"], 2, "give a factor above 0"),
