@@ -30,6 +30,7 @@ from ..planner.reference import alternating_steps
 from ..profiler.session import device_name
 from ..report.results import BenchModel, BenchResults, BenchRow
 from ..runtime.intercept import GuidedCall, find_denoiser, intercept
+from ..runtime.memory import peak_bytes
 from ..runtime.parallelize import ParallelPipeline
 from ..runtime.segments import capture_branch
 from .measure import loop_timed
@@ -142,9 +143,13 @@ class Bench:
                 overhead_fraction=loop_s / ideal_s - 1 if ideal_s else None,
                 stage_s=stages or None,
                 bytes_per_step=None if name == "single-eager" else round(moved), pixels=self._pixels,
-                peak_gib=torch.cuda.max_memory_reserved(self._device) / 2**30 if self._device.type == "cuda" else None,
+                peak_gib=self._peak_gib(parallel),
             )
         on_progress("rows", len(self._rows), len(self._rows))
+
+    def _peak_gib(self, parallel: ParallelPipeline | None) -> float:
+        """Of the rank that needs most."""
+        return max([peak_bytes(self._device)] if parallel is None else parallel.peak_bytes()) / 2**30
 
     def _time(self) -> float:
         times = []

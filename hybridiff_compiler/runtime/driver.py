@@ -16,8 +16,9 @@ from ..ir import Branch, CallSignature, Plan, PlanMismatchError
 from .estimates import EstimateMemory
 from .executor import RankExecutors
 from .intercept import GuidedCall
-from .orders import MAX_MISSED, TIMING, TRACING, Order, OrderOutbox
-from .processes import RESIZED, TIMED, TRACED, Pool
+from .memory import peak_bytes
+from .orders import MAX_MISSED, REPORTING, TIMING, TRACING, Order, OrderOutbox
+from .processes import REPORTED, RESIZED, TIMED, TRACED, Pool
 from .schedule_state import ScheduleState
 from .segments import batch_factor, scale_signature
 from .trace import RankTrace, merge_traces
@@ -66,7 +67,7 @@ class Driver:
         self._outbox = None if transport is None else OrderOutbox(transport, plan.model.signature)
         self._index = {pattern.name: index for index, pattern in enumerate(plan.patterns)}
         self._missed: dict[int, list[int]] = {rank: [] for rank in range(1, plan.world_size)}
-        self._generation = self._timings = self._traces = self._resizes = 0
+        self._generation = self._timings = self._traces = self._resizes = self._reports = 0
         self._bypass = False
         self._said: set[str] = set()
 
@@ -97,6 +98,17 @@ class Driver:
             assert self._pool is not None
             seconds[rank] = float(self._pool.answer(f"{TIMED}/{self._timings}/{rank}"))
         return seconds
+
+    def peak_bytes(self) -> list[int]:
+        """The most memory that every rank has needed so far."""
+        self._reports += 1
+        peaks = [peak_bytes(next(self._denoiser.parameters()).device)]
+        for rank in range(1, self.plan.world_size):
+            assert self._outbox is not None
+            assert self._pool is not None
+            self._outbox.send(rank, Order(self._generation, REPORTING, None, self._reports), ())
+            peaks.append(int(self._pool.answer(f"{REPORTED}/{self._reports}/{rank}")))
+        return peaks
 
     @contextmanager
     def traced(self, target: Path) -> Iterator[None]:

@@ -18,7 +18,10 @@ from torch import Tensor
 from ..ir import BRANCHES, Branch, CallSignature
 from .transport import Channel, Incoming, Layout, Transport, allocate
 
-__all__ = ["MAX_MISSED", "RESIZING", "TIMING", "TRACING", "Leaf", "Order", "OrderInbox", "OrderOutbox", "leaf_slots"]
+__all__ = [
+    "MAX_MISSED", "REPORTING", "RESIZING", "TIMING", "TRACING", "Leaf", "Order", "OrderInbox", "OrderOutbox",
+    "leaf_slots",
+]
 
 Leaf = tuple[Branch, str]
 """Branch and leaf path."""
@@ -32,6 +35,9 @@ TRACING = -2
 RESIZING = -3
 """Step number of an order to go on with `following` images per call. Another order follows in the old format, for the
 receive that waits already; all later ones are in the new format."""
+
+REPORTING = -4
+"""Step number of an order to report the peak of this rank's memory; `following` numbers the answer."""
 
 MAX_MISSED = 64
 """Steps that one order can tell a worker to catch up with."""

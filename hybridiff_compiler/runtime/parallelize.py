@@ -167,6 +167,10 @@ class ParallelPipeline:
         """Time of every rank's stage graphs of a step of `pattern`, without transfers; between generations only."""
         return self._driver.stage_seconds(pattern)
 
+    def peak_bytes(self) -> list[int]:
+        """Most memory of every rank so far, on its GPU or else resident in its process; between generations only."""
+        return self._driver.peak_bytes()
+
     def traced(self, target: str | os.PathLike[str]) -> AbstractContextManager[None]:
         """A context that records the kernels and transfers of all ranks, on one time axis, to `target`.
 

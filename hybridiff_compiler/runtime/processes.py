@@ -28,8 +28,8 @@ import torch.distributed as dist
 from ..ir import WorkerError
 
 __all__ = [
-    "FAILED", "JOINED", "READY", "RESIZED", "TIMED", "TRACED", "Pool", "WorkerPool", "open_store", "read_frame",
-    "write_frame",
+    "FAILED", "JOINED", "READY", "REPORTED", "RESIZED", "TIMED", "TRACED", "Pool", "WorkerPool", "open_store",
+    "read_frame", "write_frame",
 ]
 
 class Pool(Protocol):
@@ -63,7 +63,8 @@ class Pool(Protocol):
         """End all of them; may be called again, from any thread."""
 
 
-JOINED, READY, FAILED, TIMED, TRACED, RESIZED = "joined", "ready", "failed", "timed", "traced", "resized"
+JOINED, READY, FAILED, RESIZED = "joined", "ready", "failed", "resized"
+TIMED, TRACED, REPORTED = "timed", "traced", "reported"
 """Keys, followed by `/rank`, that workers set in the store."""
 
 _FRAME = struct.Struct("<q")

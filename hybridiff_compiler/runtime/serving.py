@@ -11,8 +11,9 @@ from ..ir import Plan
 from .connect import connect
 from .executor import RankExecutor, RankExecutors, graphs_for
 from .handover import raw_bytes, unpack_skeleton
-from .orders import RESIZING, TIMING, TRACING, Order, OrderInbox
-from .processes import JOINED, READY, RESIZED, TIMED, TRACED
+from .memory import peak_bytes
+from .orders import REPORTING, RESIZING, TIMING, TRACING, Order, OrderInbox
+from .processes import JOINED, READY, REPORTED, RESIZED, TIMED, TRACED
 from .segments import scale_signature
 from .trace import RankTrace
 
@@ -78,6 +79,8 @@ class Server:
                 store.set(f"{RESIZED}-{order.generation}/{rank}", "")
             elif order.step == TRACING:
                 self._follow_trace(order)
+            elif order.step == REPORTING:
+                store.set(f"{REPORTED}/{order.following}/{rank}", str(peak_bytes(self._device)))
             elif order.step == TIMING and order.pattern is not None:
                 seconds = executor.stage_seconds(self._names[order.pattern])
                 store.set(f"{TIMED}/{order.following}/{rank}", str(seconds))
