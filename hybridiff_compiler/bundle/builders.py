@@ -34,7 +34,7 @@ __all__ = ["BuildOrder", "build_in_processes", "default_jobs"]
 _BYTES_PER_BUILDER = 2.0
 """Memory of a builder, in sizes of the denoiser's weights, besides what a process takes anyway."""
 _BYTES_PER_PROCESS = 3 << 30
-_TAIL_BYTES = 4000
+_TAIL_CHARACTERS = 4000
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,10 @@ class _Builder:
     def _gone(self) -> InputError:
         code = self._process.wait()
         size = os.fstat(self._log.fileno()).st_size
-        tail = os.pread(self._log.fileno(), _TAIL_BYTES, max(0, size - _TAIL_BYTES)).decode(errors="replace").strip()
+        text = os.pread(self._log.fileno(), size, 0).decode(errors="replace")
+        # A crash report ends with a list of modules that is longer than the stack before it.
+        lines = [line for line in text.splitlines() if not line.startswith("Extension modules:")]
+        tail = "\n".join(lines)[-_TAIL_CHARACTERS:].strip()
         if code == -signal.SIGKILL:
             reason = "was killed (out of memory?); use fewer --jobs"
         elif code < 0:
