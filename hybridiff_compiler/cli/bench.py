@@ -40,7 +40,7 @@ def command(
     check_device(device)
     check_writable(output)
     with opened(json_mode) as out:
-        from ..quality.bench import ROWS, Bench, bench_results
+        from ..quality.bench import Bench, bench_results, default_rows
 
         benches = {}
         with out.progress() as on_progress:
@@ -48,7 +48,7 @@ def command(
                 pipe, options = _load(model, random_weights, device, pixels, seed)
                 bench = Bench(
                     pipe, options, name=model, pixels=pixels, steps=steps, gpus=gpus, repeats=repeats, backend=backend,
-                    threads=threads, rows=rows or (ROWS if gpus > 1 else ROWS[:2]),
+                    threads=threads, rows=rows or default_rows(gpus),
                 )
                 with bench.open(on_progress) as measure:
                     benches[model] = tuple(measure())

@@ -16,6 +16,7 @@ from ..ir import (
     FixedSchedule,
     LayerGraph,
     ModelInfo,
+    Partition,
     Pattern,
     Plan,
     RankSpec,
@@ -35,10 +36,13 @@ from ..runtime.parallelize import ParallelPipeline
 from ..runtime.segments import capture_branch
 from .measure import loop_timed
 
-__all__ = ["ROWS", "Bench", "bench_results"]
+__all__ = ["MANY_ROWS", "ROWS", "Bench", "bench_results", "default_rows"]
 
 ROWS = ("single-eager", "single-compiled", "branch", "paper", "planned-quarter", "planned-reuse")
-"""Everything that can be measured, in order."""
+"""What is measured on two ranks, in order; on more, these rows use two of them."""
+MANY_ROWS = ("branch-pipe", "pipe", "planned-many")
+"""Further rows for an even number of ranks above two: each branch through half of the ranks, both branches through
+all of them, and the first with two of five steps on `reuse`; all between exact first and last steps."""
 _CHEAP_SHARE = 0.4
 _CHEAP = {"planned-quarter": ("branch-reuse:thin", "branch-reuse:nested"), "planned-reuse": ("reuse",)}
 """The pattern of the cheap steps: the first one that the model has a partition for."""
@@ -75,22 +79,25 @@ class Bench:
             name: of the model.
             pixels: width and height, for the rows.
             steps: of a generation.
-            gpus: ranks (1 or 2; processes on a machine without GPUs).
-            rows: which of `ROWS`.
+            gpus: ranks (1, 2 or an even number above; processes on a machine without GPUs).
+            rows: which of `ROWS`, and of `MANY_ROWS` with more than two ranks.
             repeats: timed generations per row, after one that warms up.
             backend, threads: see `parallelize`.
 
         Raises:
             UsageError: an unknown row, or one that needs more ranks.
         """
-        unknown = [row for row in rows if row not in ROWS]
+        known = (*ROWS, *MANY_ROWS)
+        unknown = [row for row in rows if row not in known]
         if unknown or not rows:
-            raise UsageError(f"unknown rows {unknown}; choose from {', '.join(ROWS)}")
-        if gpus != 2 and set(rows) - set(ROWS[:2]):
-            raise UsageError(f"got {gpus} rank(s); rows other than {' and '.join(ROWS[:2])} are for 2")
+            raise UsageError(f"unknown rows {unknown}; choose from {', '.join(known)}")
+        if gpus < 2 and set(rows) - set(ROWS[:2]):
+            raise UsageError(f"got {gpus} rank(s); rows other than {' and '.join(ROWS[:2])} are for 2 or more")
+        if (gpus < 4 or gpus % 2) and set(rows) & set(MANY_ROWS):
+            raise UsageError(f"got {gpus} rank(s); the rows {', '.join(MANY_ROWS)} are for 4, 6, 8, ...")
         self._pipe, self._options, self._name, self._pixels = pipe, options, name, pixels
         self._steps, self._gpus, self._repeats = steps, gpus, repeats
-        self._rows = [row for row in ROWS if row in rows]
+        self._rows = [row for row in known if row in rows]
         self._backend, self._threads = backend, threads
         self._denoiser = find_denoiser(pipe)[1]
         self._device = next(self._denoiser.parameters()).device
@@ -128,7 +135,7 @@ class Bench:
                 assert parallel is not None
                 parallel.use(plans[name])
                 loop_s = self._time()
-                patterns, ranks = dict(Counter(parallel.executed)), 1 if name == "single-compiled" else self._gpus
+                patterns, ranks = dict(Counter(parallel.executed)), _ranks_used(plans[name])
                 strong = loop_s if name == "single-compiled" else strong
             moved = (_traffic(parallel) - before) / ((self._repeats + 1) * self._steps)
             stages = {} if parallel is None or name == "single-eager" else {
@@ -169,8 +176,12 @@ class Bench:
                 f"{self._name}: no denoiser call with batched guidance was seen; set a guidance scale above 1"
             )
         layers = capture_branch(self._denoiser, recorder.signature).layers
-        partitions = candidate_partitions(layers, [layer.flops + 1.0 for layer in layers.layers])
+        partitions = candidate_partitions(
+            layers, [layer.flops + 1.0 for layer in layers.layers], max(2, self._gpus)
+        )
         known = {pattern.name: pattern for pattern in generate_patterns(partitions, 2)}
+        if self._gpus > 2:
+            known |= {pattern.name: pattern for pattern in _pipes(partitions, self._gpus)}
         schedules = {row: self._schedule(row, known) for row in rows}
         used = {name for schedule in schedules.values() for name in schedule.patterns}
         exact = "single" if self._gpus == 1 or rows == ["single-compiled"] else "branch"
@@ -191,6 +202,12 @@ class Bench:
             count = round(self._steps * _CHEAP_SHARE)
             cheap = next(name for name in _CHEAP[row] if name in known)
             return FixedSchedule(steps=alternating_steps(self._steps, count, "branch", cheap))
+        if row in MANY_ROWS:
+            wanted = "pipe" if row == "pipe" else "branch-pipe"
+            pipe = next(name for name in (f"{wanted}:nested", f"{wanted}:linear") if name in known)
+            count = round(self._steps * _CHEAP_SHARE) if row == "planned-many" else 0
+            inner = alternating_steps(self._steps, count, pipe, "reuse")[1:-1]
+            return FixedSchedule(steps=("branch", *inner, "branch"))
         if row == "paper":
             window = "paper:nested" if "paper:nested" in known else "paper:linear"
             rule: AdaptiveSchedule = paper_schedule(cast(Any, self), "branch", window)
@@ -216,6 +233,11 @@ class Bench:
         )
 
 
+def default_rows(gpus: int) -> tuple[str, ...]:
+    """Every row that so many ranks can run."""
+    return ROWS[:2] if gpus < 2 else ROWS if gpus < 4 or gpus % 2 else (*ROWS, *MANY_ROWS)
+
+
 def bench_results(
     rows: Mapping[str, tuple[BenchRow, ...]], *, device: str, gpus: int, seed: int, random_weights: bool
 ) -> BenchResults:
@@ -225,6 +247,24 @@ def bench_results(
         versions=installed_versions("torch", "diffusers", "hybridiff-compiler"),
         models={name: BenchModel(rows=measured) for name, measured in rows.items()},
     )
+
+
+def _pipes(partitions: Sequence[Partition], gpus: int) -> Iterator[Pattern]:
+    """`branch-pipe` (each branch through half of the ranks) and `pipe` (both through all) on every kind of split."""
+    for partition in partitions:
+        kind, stages = partition.name.rstrip("0123456789"), len(partition.stages)
+        for name, wanted, shift in (("branch-pipe", gpus // 2, gpus // 2), ("pipe", gpus, 0)):
+            if stages == wanted and kind != "thin":
+                units = " ".join(
+                    f"{branch}{stage}@{stage + (shift if branch == 'c' else 0)}"
+                    f"({','.join(f'{branch}{other}~' for other in range(stages) if other != stage)})"
+                    for branch in "uc" for stage in range(stages)
+                )
+                yield Pattern.parse(f"{name}:{kind}", f"{units} | cfg", partition=partition.name, stages=stages)
+
+
+def _ranks_used(plan: Plan) -> int:
+    return max(plan.pattern(name).world_size for name in plan.schedule.patterns)
 
 
 def _traffic(parallel: ParallelPipeline | None) -> int:

@@ -5,7 +5,7 @@ import torch
 
 from hybridiff_compiler.ir import InputError, UsageError
 from hybridiff_compiler.quality import architectures
-from hybridiff_compiler.quality.bench import ROWS, Bench, bench_results
+from hybridiff_compiler.quality.bench import MANY_ROWS, ROWS, Bench, bench_results
 
 SMALL_SDXL = architectures.SDXL_UNET | {
     "sample_size": 8, "block_out_channels": (32, 32, 32), "transformer_layers_per_block": (1, 1, 1),
@@ -47,6 +47,22 @@ def test_rows_of_random_architectures(name):
     assert results.to_json()["schema"] == 1
 
 
+def test_rows_of_four_ranks():
+    model = architectures.random_model("sd3", device="cpu", dtype=torch.float32)
+    rows = ("branch", *MANY_ROWS)
+    bench = Bench(
+        model.pipe, model.options(64, 0), name="sd3", pixels=64, steps=5, gpus=4, repeats=1, threads=1, rows=rows
+    )
+    with bench.open() as measure:
+        by_name = {row.name: row for row in measure()}
+    assert tuple(by_name) == rows
+    assert [row.ranks for row in by_name.values()] == [2, 4, 4, 4]
+    assert by_name["branch-pipe"].patterns == {"branch": 2, "branch-pipe:nested": 3}
+    assert by_name["pipe"].patterns == {"branch": 2, "pipe:nested": 3}
+    assert by_name["planned-many"].patterns["reuse"] == 2
+    assert by_name["pipe"].bytes_per_step > 0
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(UsageError, match="sdxl, sd3"):
         architectures.random_model("dalle", device="cpu", dtype=torch.float32)
@@ -58,3 +74,5 @@ def test_unknown_names_are_refused():
         Bench(model.pipe, {}, name="sd3", pixels=64, rows=("fastest",))
     with pytest.raises(UsageError, match="are for 2"):
         Bench(model.pipe, {}, name="sd3", pixels=64, gpus=1, rows=("branch",))
+    with pytest.raises(UsageError, match="are for 4"):
+        Bench(model.pipe, {}, name="sd3", pixels=64, gpus=3, rows=("pipe",))
