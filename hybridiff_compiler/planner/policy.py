@@ -39,7 +39,8 @@ def paper_window(profile: Profile, gpus: int) -> Pattern:
     """
     generated = generate_patterns(profile.partitions, 2)
     by_name = {pattern.name: pattern for pattern in (*generated, *profile.patterns)}
-    candidates = [pattern for name, pattern in by_name.items() if family_of(name) == "paper"]
+    # The published pattern is about two stages; its generalisations to more are the planner's to choose.
+    candidates = [p for name, p in by_name.items() if family_of(name) == "paper" and p.stages == 2]
     if not candidates:
         raise InputError(
             f"the profile has no partition for the paper's pattern (it has {[p.name for p in profile.partitions]}); "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -399,3 +400,15 @@ def test_plans_for_unequal_ranks_use_the_fast_ones(profile: Profile) -> None:
     assert latencies[0] < latencies[2]
     with pytest.raises(UsageError, match=r"got speeds \[1.0, 0.5\] for 3 GPUs"):
         plan(profile, gpus=3, min_psnr=30, speeds=(1.0, 0.5))
+
+
+def test_the_published_window_has_two_stages() -> None:
+    """Also when a profile measured the table of four stages, with less error."""
+    from hybridiff_compiler.ir import Profile
+    from hybridiff_compiler.planner.policy import paper_window
+
+    for name in ("unet", "mmdit"):
+        profile = Profile.load(Path(__file__).parents[2] / "profiles" / "cpu" / f"{name}.json")
+        assert any(pattern.name == "paper:linear4" for pattern in profile.patterns)
+        for gpus in (1, 2, 4):
+            assert paper_window(profile, gpus).stages == 2
