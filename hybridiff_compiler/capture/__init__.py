@@ -5,7 +5,7 @@ weights.
 """
 
 from .bind import bind
-from .call import CallSignature, LeafSpec, flatten_call
+from .call import CallSignature, LeafSpec, flatten_call, unflatten_call
 from .graph import CapturedDenoiser, capture
 from .meta import meta_denoiser
 from .stage import StageGraph
@@ -19,4 +19,5 @@ __all__ = [
     "capture",
     "flatten_call",
     "meta_denoiser",
+    "unflatten_call",
 ]

@@ -13,7 +13,7 @@ from torch import nn
 from ..ir.errors import InputError, UsageError
 from ..ir.signature import CallSignature, LeafSpec
 
-__all__ = ["CallSignature", "LeafSpec", "bind_call", "flatten_call", "iter_leaves"]
+__all__ = ["CallSignature", "LeafSpec", "bind_call", "flatten_call", "iter_leaves", "unflatten_call"]
 
 _SCALARS = (bool, int, float, complex, str, bytes, type(None))
 
@@ -86,8 +86,13 @@ def _signature(forward: Callable[..., Any]) -> inspect.Signature:
 
 
 def iter_leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """`(path, leaf)` of nested dicts (by sorted key), lists and tuples; an empty container is a leaf."""
-    if isinstance(tree, Mapping) and tree:
+    """`(path, leaf)` of nested dicts (by sorted key), lists and tuples.
+
+    An empty container is a leaf, and so is a list or tuple of plain numbers, texts or such lists (image shapes).
+    """
+    if path and _is_plain(tree):
+        yield path, tree
+    elif isinstance(tree, Mapping) and tree:
         # The call itself keeps signature order; nested dicts are sorted, so insertion order does not matter.
         keys = list(tree) if not path else sorted(tree, key=str)
         for key in keys:
@@ -97,6 +102,33 @@ def iter_leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from iter_leaves(item, f"{path}.{index}")
     elif path:
         yield path, tree
+
+
+def unflatten_call(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments from `path -> leaf`, the inverse of `iter_leaves`; tuples that hold tensors become lists."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split(".")
+        target = tree
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        target[last] = leaf
+    return {name: _with_lists(value) for name, value in tree.items()}
+
+
+def _with_lists(tree: Any) -> Any:
+    if not isinstance(tree, dict) or not tree:
+        return tree
+    values = {key: _with_lists(value) for key, value in tree.items()}
+    if set(values) == {str(index) for index in range(len(values))}:
+        return [values[str(index)] for index in range(len(values))]
+    return values
+
+
+def _is_plain(tree: Any) -> bool:
+    if isinstance(tree, (list, tuple)):
+        return all(_is_plain(item) or isinstance(item, _SCALARS) for item in tree)
+    return False
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -184,9 +184,16 @@ def _flatten(denoiser: nn.Module, program: ExportedProgram, call: Mapping[str, A
 def _leaf_positions(call: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     """`(path, position among the exported inputs)` of every leaf, in the order of `iter_leaves`."""
     leaves, spec = pytree.tree_flatten(dict(call))
-    for path, position in iter_leaves(pytree.tree_unflatten(range(len(leaves)), spec)):
-        if isinstance(position, int):
-            yield path, position
+    for path, position in iter_leaves(pytree.tree_unflatten(map(_Position, range(len(leaves))), spec)):
+        if isinstance(position, _Position):
+            yield path, position.index
+
+
+@dataclass(frozen=True)
+class _Position:
+    """In place of a leaf; a list of numbers would be one leaf."""
+
+    index: int
 
 
 def _resolve(denoiser: nn.Module, spec: InputSpec) -> tuple[str, torch.Tensor | None]:

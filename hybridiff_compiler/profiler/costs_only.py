@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import datetime
 import math
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..capture import flatten_call
+from ..capture import flatten_call, unflatten_call
 from ..ir import Branch, CallSignature, LayerGraph, ModelInfo, Profile, Provenance, UsageError
 from ..ir.versions import installed_versions
 from ..runtime.segments import SegmentRunner
@@ -143,16 +144,10 @@ def call_of_pipeline(generation: Generation, prompt: str) -> tuple[nn.Module, di
 
 def _nested(signature: CallSignature, leaves: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Keyword arguments with these tensors in place of the signature's leaves."""
-    from ..runtime.segments import example_call
-
-    call = example_call(signature, "meta")
-    for path, tensor in leaves.items():
-        *parents, last = path.split(".")
-        target = call
-        for parent in parents:
-            target = target[parent]
-        target[last] = tensor
-    return call
+    constants = {
+        leaf.path: ast.literal_eval(leaf.constant or "None") for leaf in signature.leaves if leaf.shape is None
+    }
+    return unflatten_call({leaf.path: {**constants, **leaves}[leaf.path] for leaf in signature.leaves})
 
 
 def model_info(denoiser: nn.Module, name: str, graph: LayerGraph, signature: CallSignature) -> ModelInfo:

@@ -177,7 +177,7 @@ class ErrorMeasurement:
             errors: the curves, for the schedules' errors by kind.
             proposals: (steps, kind), like ones next to each other.
         """
-        decode = decoder_of(self._generation.pipe)
+        decode = decoder_of(self._generation.pipe, self._generation.options)
         blocks = self._blocks()
         by_name, measured = {pattern.name: pattern for pattern in self._patterns}, []
         known = {each.pattern: each for each in errors}
@@ -262,7 +262,8 @@ class ErrorMeasurement:
         start = record.inputs[0]["cond"][path] / float(sampler.start_to_input[0])
         sampler.check(start, [guided(pair, scale) for pair in record.pairs], batch.final)
         probes, pixels = pull_back_images(
-            decoder_of(self._generation.pipe), batch.final, self._settings.probes, self._generation.seed + batch.first
+            decoder_of(self._generation.pipe, self._generation.options), batch.final, self._settings.probes,
+            self._generation.seed + batch.first,
         )
         total = len(self._curved_batches)
         batch.sketches = propagate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -54,16 +55,33 @@ class Generation:
         """The same generations at another guidance scale."""
         return replace(self, guidance_scale=guidance_scale)
 
+    def call(self, prompts: Sequence[str], output_type: str, first: int = 0) -> Tensor:
+        """What one call of the pipeline, as it is now, returns for `prompts`.
+
+        Args:
+            prompts: generated together.
+            output_type: of the pipeline call: `latent` or `pt`.
+            first: index of the first prompt.
+        """
+        generators = [torch.Generator("cpu").manual_seed(self.seed + first + k) for k in range(len(prompts))]
+        arguments = {**self._guidance(len(prompts)), **self.options}
+        # The first field of a pipeline's output is what it makes: images, frames, ...
+        made: Tensor = self.pipe(
+            prompt=list(prompts), num_inference_steps=self.num_inference_steps, generator=generators,
+            output_type=output_type, **arguments,
+        )[0]
+        return made
+
     def latents(self, prompts: Sequence[str], handler: StepHandler, first: int = 0) -> Tensor:
         """Final latents of `prompts`, generated together; `first` is the index of the first prompt."""
-        generators = [torch.Generator("cpu").manual_seed(self.seed + first + k) for k in range(len(prompts))]
         with intercept(self.pipe, handler):
-            result = self.pipe(
-                prompt=list(prompts), num_inference_steps=self.num_inference_steps,
-                guidance_scale=self.guidance_scale, generator=generators, output_type="latent", **self.options,
-            )
-        latents: Tensor = result.images
-        return latents
+            return self.call(prompts, "latent", first)
+
+    def _guidance(self, count: int) -> dict[str, Any]:
+        """How the pipeline is told the guidance scale: for distilled models `guidance_scale` is something else."""
+        if "true_cfg_scale" in inspect.signature(type(self.pipe).__call__).parameters:
+            return {"true_cfg_scale": self.guidance_scale, "negative_prompt": [""] * count}
+        return {"guidance_scale": self.guidance_scale}
 
 
 class FirstCall:
@@ -105,8 +123,8 @@ class FirstCall:
         """
         if self.signature is None or self.call is None:
             raise InputError(
-                "the pipeline made no batched classifier-free-guidance call; pass a guidance_scale above 1 to a "
-                "pipeline that calls its denoiser with both branches"
+                "the pipeline made no classifier-free-guidance call; pass a guidance_scale above 1 to a pipeline that "
+                "calls its denoiser with both branches, at once or one after the other"
             )
         return self.signature, self.call
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..capture.call import dtype_from_name
+from ..capture.call import dtype_from_name, unflatten_call
 from ..capture.meta import cast_checkpoint
 from ..ir import InputError, UsageError
 from .architectures import SD3_TRANSFORMER, SDXL_UNET
@@ -97,10 +97,8 @@ def random_denoiser(name: str, *, device: str, dtype: str | None = None, seed: i
             value = torch.randn(shape, generator=generator)
         else:
             value = torch.ones(shape)
-        _put(call, path, value.to(device, exact))
-    for path, constant in spec.constants.items():
-        _put(call, path, constant)
-    return RandomDenoiser(spec, denoiser, call)
+        call[path] = value.to(device, exact)
+    return RandomDenoiser(spec, denoiser, unflatten_call({**call, **spec.constants}))
 
 
 def build_denoiser(name: str, *, device: str, dtype: str | None = None, seed: int = 0) -> nn.Module:
@@ -130,14 +128,6 @@ def _spec(name: str) -> DenoiserSpec:
 
 def _dtype_name(spec: DenoiserSpec, device: str, dtype: str | None) -> str:
     return dtype or ("float32" if torch.device(device).type == "cpu" else spec.dtype)
-
-
-def _put(call: dict[str, Any], path: str, value: Any) -> None:
-    *parents, last = path.split(".")
-    target = call
-    for parent in parents:
-        target = target.setdefault(parent, {})
-    target[last] = value
 
 
 def _sdxl(config: Mapping[str, Any], pixels: int, tokens: int, width: int, pooled: int) -> DenoiserSpec:

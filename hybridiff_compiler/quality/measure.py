@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..ir import FixedSchedule, HybridiffError, Pattern, Plan, Predictions, RankSpec
+from ..profiler.decode import stack_frames
 from ..profiler.generate import Generation
 from ..runtime.intercept import find_denoiser, intercept
 from ..runtime.segments import SegmentRunner
@@ -34,7 +35,7 @@ class Sample:
     """Images of one pipeline call and what it took."""
 
     images: Tensor
-    """[N, 3, H, W] on the CPU, values in [0, 1]."""
+    """[N, 3, H, W] on the CPU, values in [0, 1]; frames of a video one below the other."""
     loop_s: float
     """Denoising loop."""
     call_s: float
@@ -49,14 +50,11 @@ def generate(generation: Generation, prompts: Sequence[str], *, first: int = 0) 
         prompts: generated together.
         first: index of the first prompt.
     """
-    generators = [torch.Generator("cpu").manual_seed(generation.seed + first + k) for k in range(len(prompts))]
     with loop_timed(generation.pipe) as loop_seconds:
         begin = time.perf_counter()
-        result = generation.pipe(
-            prompt=list(prompts), num_inference_steps=generation.num_inference_steps,
-            guidance_scale=generation.guidance_scale, generator=generators, output_type="pt", **generation.options,
-        )
-        images: Tensor = result.images.float().cpu()
+        images = generation.call(prompts, "pt", first).float().cpu()
+        if images.dim() == 5:
+            images = stack_frames(images)
         call_s = time.perf_counter() - begin
     return Sample(images, loop_seconds(), call_s)
 

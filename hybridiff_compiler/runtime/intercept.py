@@ -2,14 +2,17 @@
 
 Nothing here knows a pipeline or model class. A generation starts when the scheduler's `set_timesteps` is called; its
 step count is what the scheduler holds from the first timestep that reaches the denoiser on (so image-to-image
-strengths work); batched classifier-free guidance is recognised from the first call: two equal halves of latents whose
-conditioning differs. Every call that does not fit goes to the original forward.
+strengths work). Batched classifier-free guidance is recognised from the first call: two equal halves of latents whose
+conditioning differs. Guidance by two calls per step, the conditional one first, is recognised from the second call, so
+the first step's conditional estimate is the denoiser's own (see `two_calls`). Every call that does not fit goes to the
+original forward.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 
 from ..capture import flatten_call
 from ..ir import BRANCHES, Branch, CallSignature, InputError
+from .two_calls import TwoCalls, differing_shapes
 
 __all__ = ["GuidedCall", "StepHandler", "find_denoiser", "intercept", "is_intercepted"]
 
@@ -105,6 +109,12 @@ class _Watcher:
         self._covered = False
         self._step = self._num_steps = 0
         self._signature: CallSignature | None = None
+        self._first: Mapping[str, Tensor] | None = None
+        """The first call of a generation, until the second one tells whether it was half of a pair."""
+        self._pairs: TwoCalls | None = None
+        self._pending: tuple[Mapping[str, Tensor], Tensor] | None = None
+        """Inputs and estimate of the second call that is to come."""
+        self._said: set[str] = set()
 
     def watch_scheduler(self) -> None:
         """Hook `set_timesteps` of the pipeline's present scheduler (it may be replaced at any time)."""
@@ -131,23 +141,80 @@ class _Watcher:
         signature, tensors = flatten_call(self._denoiser, args, kwargs)
         if self._fresh:
             self._begin(signature, tensors)
-        if not self._covered or signature != self._signature or self._step >= self._num_steps:
-            return original(*args, **kwargs)
-        batch = tensors[self._latents].shape[0]
-        call = GuidedCall(step=self._step, num_steps=self._num_steps, inputs=_split(tensors, batch))
+        elif self._first is not None:
+            self._begin_pairs(signature, tensors)
+        estimate = None
+        if self._covered and signature == self._signature:
+            estimate = self._batched(tensors) if self._pairs is None else self._one_of_two(tensors, self._pairs)
+        return original(*args, **kwargs) if estimate is None else self._wrap(estimate, kwargs)
+
+    def _batched(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """Both estimates of a step, one after the other in the batch; None: not covered."""
+        if self._step >= self._num_steps:
+            return None
+        pair = self._run(_split(tensors, tensors[self._latents].shape[0]))
+        return torch.cat([pair[branch] for branch in BRANCHES])
+
+    def _one_of_two(self, tensors: Mapping[str, Tensor], pairs: TwoCalls) -> Tensor | None:
+        """The estimate of one of a step's two calls; None: not covered."""
+        uncond, cond = BRANCHES
+        if self._pending is not None:
+            (expected, estimate), self._pending = self._pending, None
+            if pairs.fits(expected, tensors):
+                return estimate.clone()  # as below: pipelines may write to it, and buffers are used again
+            self._covered = False
+            self._say_once(
+                "the inputs of a step's second call were not what the steps before let expect (guidance may have been "
+                "switched off, or the negative prompt exchanged); the rest of this generation runs on one device"
+            )
+            return None
+        if self._step >= self._num_steps:
+            return None
+        inputs = pairs.inputs(tensors)
+        pair = self._run(inputs)
+        self._pending = inputs[uncond], pair[uncond]
+        return pair[cond].clone()
+
+    def _run(self, inputs: Mapping[Branch, Mapping[str, Tensor]]) -> Mapping[Branch, Tensor]:
+        call = GuidedCall(step=self._step, num_steps=self._num_steps, inputs=inputs)
         self._step += 1
-        pair = self._handler.step(call)
-        estimate = torch.cat([pair[branch] for branch in BRANCHES])
-        return self._wrap(estimate, kwargs)
+        return self._handler.step(call)
 
     def _begin(self, signature: CallSignature, tensors: Mapping[str, Tensor]) -> None:
         self._fresh = False
         self._step, self._signature, self._covered = 0, signature, False
-        if not self._is_guided(tensors):
+        self._first = self._pairs = self._pending = None
+        if self._latents not in tensors or self._timestep not in tensors:
             return
         self._num_steps = self._count_steps(tensors[self._timestep])
+        if not self._is_guided(tensors):
+            self._first = tensors
+            return
         batch = tensors[self._latents].shape[0]
         self._covered = self._handler.start(self._num_steps, _branch_signature(signature, batch))
+
+    def _begin_pairs(self, signature: CallSignature, tensors: Mapping[str, Tensor]) -> None:
+        """The second call of a generation: whether it is the other branch of the first step."""
+        assert self._signature is not None
+        first, self._first = self._first, None
+        assert first is not None
+        if signature != self._signature:
+            shapes = differing_shapes(self._signature, signature)
+            if shapes is not None and _is_one_state(first, tensors, self._latents):
+                self._say_once(
+                    f"the two calls of a guided step differ in shape ({shapes}), so they run one after the other on "
+                    "one device; pad prompt and negative prompt to one length"
+                )
+            return
+        if not TwoCalls.is_pair(first, tensors, self._latents, self._timestep):
+            return
+        if not self._handler.start(self._num_steps, signature):
+            return
+        self._covered, self._pairs = True, TwoCalls(first, tensors, self._latents)
+        # The conditional estimate has been given out; the handler still has to see the whole step.
+        inputs = self._pairs.inputs(first)
+        pair = self._run(inputs)
+        self._pending = inputs[BRANCHES[0]], pair[BRANCHES[0]]
 
     def _is_guided(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether this call is batched guidance (one comparison of the latents per generation)."""
@@ -162,7 +229,12 @@ class _Watcher:
         """Denoiser calls left in this generation, the present one included."""
         timesteps = [float(t) for t in self._scheduler.timesteps.tolist()]
         first = float(timestep.reshape(-1)[0])
-        start = min(range(len(timesteps)), key=lambda i: (abs(timesteps[i] - first), i))
+        # Some pipelines hand the denoiser timesteps between 0 and 1.
+        trained = getattr(getattr(self._scheduler, "config", None), "num_train_timesteps", None) or 1
+        start = min(
+            range(len(timesteps)),
+            key=lambda i: (min(_distance(timesteps[i], first), _distance(timesteps[i] / trained, first)), i),
+        )
         return len(timesteps) - start
 
     def _wrap(self, estimate: Tensor, kwargs: Mapping[str, Any]) -> Any:
@@ -171,6 +243,20 @@ class _Watcher:
 
             return Transformer2DModelOutput(sample=estimate)
         return (estimate,)
+
+    def _say_once(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(f"hybridiff: {message}", stacklevel=2)
+
+
+def _distance(one: float, other: float) -> float:
+    """Relative difference of two timesteps."""
+    return abs(one - other) / max(abs(one), abs(other), 1e-6)
+
+
+def _is_one_state(first: Mapping[str, Tensor], second: Mapping[str, Tensor], latents: str) -> bool:
+    return first[latents].shape == second[latents].shape and torch.equal(first[latents], second[latents])
 
 
 def _forward_parameters(denoiser: nn.Module) -> tuple[str, str, bool]:

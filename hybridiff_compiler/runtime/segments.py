@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..backends import compile_stage
 from ..backends.cuda_graph import Recorder, Replay, seconds_per_call
-from ..capture import CapturedDenoiser, StageGraph, capture
+from ..capture import CapturedDenoiser, StageGraph, capture, unflatten_call
 from ..ir import WHOLE, Branch, CallSignature, Partition, Pattern, PlanMismatchError, Read, Segment, lower
 
 if TYPE_CHECKING:
@@ -78,19 +78,11 @@ def batch_factor(expected: CallSignature, got: CallSignature) -> int | None:
 
 def example_call(signature: CallSignature, device: torch.device | str) -> dict[str, Any]:
     """Keyword arguments of zeros that match `signature`, for capturing."""
-    kwargs: dict[str, Any] = {}
-    for leaf in signature.leaves:
-        value: Any
-        if leaf.shape is None:
-            value = ast.literal_eval(leaf.constant or "None")
-        else:
-            value = torch.zeros(leaf.shape, dtype=getattr(torch, leaf.dtype or "float32"), device=device)
-        *parents, last = leaf.path.split(".")
-        target = kwargs
-        for parent in parents:
-            target = target.setdefault(parent, {})
-        target[last] = value
-    return kwargs
+    return unflatten_call({
+        leaf.path: ast.literal_eval(leaf.constant or "None") if leaf.shape is None
+        else torch.zeros(leaf.shape, dtype=getattr(torch, leaf.dtype or "float32"), device=device)
+        for leaf in signature.leaves
+    })
 
 
 def capture_branch(denoiser: nn.Module, signature: CallSignature) -> CapturedDenoiser:

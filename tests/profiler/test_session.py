@@ -141,7 +141,7 @@ def test_bad_input_is_refused(bench):
         measure(bench, prompts=())
     with pytest.raises(UsageError, match="got 2 steps"):
         measure(bench, num_inference_steps=2)
-    with pytest.raises(InputError, match="no batched classifier-free-guidance call"):
+    with pytest.raises(InputError, match="no classifier-free-guidance call"):
         measure(bench, guidance_scale=1.0)
 
 
