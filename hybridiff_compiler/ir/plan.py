@@ -51,6 +51,10 @@ class Predictions(Data):
     """That quantile of the PSNR over prompts; null where none was asked for."""
     target: str = ""
     """What was asked for, e.g. `min_psnr=35`."""
+    peak_bytes: tuple[int, ...] = ()
+    """Per rank, the most memory that its part of the denoiser takes (one image per call): parameters, graphs, what is
+    kept and sent. Without the device's context, and on rank 0 without the other parts of the pipeline. Empty: not
+    predicted."""
 
 
 class Certificate(Data):

@@ -9,6 +9,7 @@ from .cost import CostModel, StepCost, step_cost
 from .divide import Division, divide
 from .explain import CheapRun, Explanation, Trade, explain
 from .fleet import OBJECTIVES, Fleet, FleetOption, plan_fleet
+from .memory import RankMemory, plan_memory, predicted_peaks
 from .partition import candidate_partitions, linear, nested, thin
 from .patterns import (
     FAMILIES,
@@ -38,11 +39,12 @@ from .worlds import MAX_GPUS, stage_counts
 
 __all__ = [
     "COSTS", "FAMILIES", "MAX_GPUS", "OBJECTIVES", "POLICIES", "CheapRun", "CostModel", "Division", "Explanation",
-    "Family", "Fleet", "FleetOption", "Frontier", "FrontierPoint", "Problem", "PromptSamples", "Queue", "RunCosts",
-    "StepCost", "StepTable", "Target", "Trade", "Worker", "alternating_plan", "alternating_steps", "at_steps",
-    "candidate_partitions", "divide", "exact_patterns", "explain", "family_of", "fewer_steps", "frontier",
+    "Family", "Fleet", "FleetOption", "Frontier", "FrontierPoint", "Problem", "PromptSamples", "Queue", "RankMemory",
+    "RunCosts", "StepCost", "StepTable", "Target", "Trade", "Worker", "alternating_plan", "alternating_steps",
+    "at_steps", "candidate_partitions", "divide", "exact_patterns", "explain", "family_of", "fewer_steps", "frontier",
     "generate_patterns", "in_work_units", "linear", "measured_patterns", "nested", "noise_levels_of", "on_ranks",
-    "placements", "plan", "plan_fleet", "plan_for_steps", "proposals", "prune_dominated", "rank_free",
-    "recompute_shared", "rings", "schedule_errors", "shared_layers", "simulate_queue", "solve_frontier",
-    "solve_problem", "stage_counts", "step_cost", "step_tables", "step_work", "switched_plan", "thin", "work_speedup",
+    "placements", "plan", "plan_fleet", "plan_for_steps", "plan_memory", "predicted_peaks", "proposals",
+    "prune_dominated", "rank_free", "recompute_shared", "rings", "schedule_errors", "shared_layers", "simulate_queue",
+    "solve_frontier", "solve_problem", "stage_counts", "step_cost", "step_tables", "step_work", "switched_plan",
+    "thin", "work_speedup",
 ]

@@ -11,7 +11,6 @@ from ..ir import (
     WHOLE,
     Branch,
     InputError,
-    LeafSpec,
     Partition,
     Pattern,
     Profile,
@@ -21,14 +20,9 @@ from ..ir import (
     lower,
 )
 from .crossing import stage_bytes
+from .memory import latent_bytes
 
 __all__ = ["CostModel", "StepCost", "segment_seconds", "step_cost"]
-
-_SAMPLE_NAMES = ("sample", "hidden_states", "x", "latents")
-_ITEM_BYTES = {
-    "float64": 8, "int64": 8, "complex64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "int16": 2,
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
@@ -57,7 +51,7 @@ class CostModel:
         self._known = {rank for pair in self._links for rank in pair}
         self._partitions = {p.name: p for p in profile.partitions} | {WHOLE: Partition.whole(profile.graph)}
         self._measured = {(c.partition, c.stages, c.batch): c.seconds for c in reversed(profile.costs.stages)}
-        self._sample = _sample_bytes(profile)
+        self._sample = latent_bytes(profile.model.signature)
         self._seconds: dict[tuple[str, tuple[int, ...], int], float] = {}
         self._between: dict[str, dict[tuple[int, int], int]] = {}
         self._fused: dict[tuple[str, int, tuple[int, ...]], int] = {}
@@ -188,17 +182,3 @@ def segment_seconds(profile: Profile, segment: Segment, stages: int) -> float:
         InputError: neither the segment nor its layers were measured.
     """
     return CostModel(profile).segment_seconds(segment, stages)
-
-
-def _sample_bytes(profile: Profile) -> int:
-    """Bytes of one branch's latents, which are those of its estimate too."""
-    tensors = [leaf for leaf in profile.model.signature.leaves if leaf.shape is not None]
-    for name in _SAMPLE_NAMES:
-        for leaf in tensors:
-            if leaf.path == name:
-                return _leaf_bytes(leaf)
-    return max((_leaf_bytes(leaf) for leaf in tensors), default=0)
-
-
-def _leaf_bytes(leaf: LeafSpec) -> int:
-    return math.prod(leaf.shape or ()) * _ITEM_BYTES.get(leaf.dtype or "", 4)

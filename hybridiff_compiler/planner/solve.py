@@ -24,6 +24,7 @@ from ..ir import (
 )
 from ..ir.versions import installed_versions
 from .certify import certify
+from .memory import predicted_peaks
 from .policy import paper_schedule, paper_window
 from .problem import Problem
 from .rescale import at_steps
@@ -195,11 +196,15 @@ def make_plan(
 ) -> Plan:
     """A plan of the problem's model with these tables."""
     profile = problem.profile
-    partitions = dict.fromkeys(pattern.partition for pattern in patterns if pattern.partition != WHOLE)
+    names = dict.fromkeys(pattern.partition for pattern in patterns if pattern.partition != WHOLE)
+    partitions = tuple(profile.partition(name) for name in names)
+    peaks = predicted_peaks(
+        profile.graph, profile.model.signature, patterns, partitions, ranks=len(ranks),
+        parameter_bytes=profile.model.parameter_bytes, recorded=ranks[0].device == "cuda",
+    )
     return Plan(
-        model=profile.model, ranks=ranks, partitions=tuple(profile.partition(name) for name in partitions),
-        patterns=tuple(patterns), exact=problem.exact.name, schedule=schedule, predictions=predictions,
-        certificate=certificate,
+        model=profile.model, ranks=ranks, partitions=partitions, patterns=tuple(patterns), exact=problem.exact.name,
+        schedule=schedule, predictions=predictions.model_copy(update={"peak_bytes": peaks}), certificate=certificate,
         provenance=PlanProvenance(
             created=datetime.now(UTC).isoformat(timespec="seconds"), profile_sha256=(source or profile).digest(),
             versions=installed_versions("hybridiff-compiler", "numpy"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -50,6 +50,7 @@ def plan_summary(plan: Plan) -> list[RenderableType]:
         Text(f"          {strip(steps, alphabet)}"),
         Text(f"          {legend({name: alphabet[name] for name in dict.fromkeys(steps)})}"),
         Text(f"predicted: {_predictions(plan.predictions)}"),
+        *([] if not plan.predictions.peak_bytes else [Text(f"memory:    {_peaks(plan.predictions.peak_bytes)}")]),
         *([] if plan.certificate is None else [Text(f"proven:    {_certificate(plan.certificate)}")]),
     ]
 
@@ -95,6 +96,11 @@ def _predictions(predictions: Predictions) -> str:
     if predictions.psnr_quantile_db is not None and predictions.quantile is not None:
         words.append(f"{predictions.psnr_quantile_db:.1f} dB or more for {1 - predictions.quantile:.0%} of prompts")
     return ", ".join(words) + (f"   (asked for {predictions.target})" if predictions.target else "") or "nothing"
+
+
+def _peaks(peaks: Sequence[int]) -> str:
+    each = ", ".join(f"{peak / 2**30:.3g}" for peak in peaks)
+    return f"at most {each} GiB on the ranks, for the denoiser alone"
 
 
 def _certificate(proof: Certificate) -> str:
