@@ -10,7 +10,6 @@ convolution has four elements) is made an argument instead, so that it stays liv
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor, fx
 from ..capture import StageGraph
 from ..ir import InputError, PlanMismatchError, UsageError
 from .artifact import Executable, Job
+from .cpp_compiler import NO_COMPILER, sharing_compiler
 from .stage_io import StageInterface, TensorSpec, example_arguments, fit_arguments, stage_weights
 from .target import Target, cpu_arch, cuda_arch
 
@@ -122,9 +122,7 @@ class AotInductor:
 
     def missing(self) -> str | None:
         """See `ArtifactBackend.missing`."""
-        if any(shutil.which(name) for name in ("g++", "clang++", "c++")):
-            return None
-        return "needs a C++ compiler (install g++ or clang++)"
+        return NO_COMPILER if sharing_compiler() is None else None
 
     def versions(self) -> dict[str, str]:
         """See `ArtifactBackend.versions`."""
@@ -145,6 +143,9 @@ class AotInductor:
     def build(self, job: Job) -> Path:
         """See `ArtifactBackend.build`."""
         file = job.folder / f"{job.name}.pt2"
+        compiler = sharing_compiler()
+        if compiler is None:
+            raise InputError(f"aotinductor {NO_COMPILER}")
         arguments = example_arguments(job.stage)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -152,9 +153,12 @@ class AotInductor:
             arguments += tuple(tensor.detach() for tensor in small.values())
             program = torch.export.export(module, arguments, strict=False)
             torch._inductor.aoti_compile_and_package(
-                program, package_path=str(file), inductor_configs=dict(self._options)
+                program, package_path=str(file),
+                inductor_configs={"cpp.cxx": (None, compiler)} | self._options,
             )
-        expected, got = stage_weights(job.stage).keys() - small.keys(), set(_open_package(file).get_constant_fqns())
+        weights = stage_weights(job.stage)
+        package = _open_package(file, _device_index(weights))
+        expected, got = weights.keys() - small.keys(), set(package.get_constant_fqns())
         if got != expected:
             raise InputError(
                 f"aotinductor wrote weights into the code or made constants of its own "

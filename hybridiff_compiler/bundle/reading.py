@@ -151,7 +151,8 @@ def check_once(root: Path, name: str, seal: str) -> None:
 
 def _check_machine(manifest: Manifest) -> None:
     backend = artifact_backend(manifest.backend)
-    missing = backend.missing()
-    if missing is not None and backend.name != "aotinductor":  # a compiler is needed to build, not to load
+    # What aotinductor may lack is a compiler, which is needed to build, not to load; looking for one takes time.
+    missing = None if backend.name == "aotinductor" else backend.missing()
+    if missing is not None:
         raise PlanMismatchError(f"the bundle's backend {backend.name} {missing}")
     manifest.target.check(backend.versions())

@@ -14,13 +14,17 @@ from hybridiff_compiler.ir import InputError, PlanMismatchError, UsageError
 
 @pytest.fixture(scope="session")
 def package(need, small_stages, tmp_path_factory):
-    """The second small stage as a package."""
+    """The second small stage as a package; inductor's own choice of a compiler would make it crash when opened."""
     backend, folder = need("aotinductor"), tmp_path_factory.mktemp("aot")
+    static = tmp_path_factory.mktemp("toolchain") / "g++"
+    static.write_text('#!/bin/sh\ncase " $* " in *" -shared "*) set -- -static-libstdc++ "$@";; esac\nexec g++ "$@"\n')
+    static.chmod(0o755)
     job = Job(
         stage=small_stages[1], folder=folder, name="stage", target=backend.target("cpu", "float32", None),
         weights=OnnxWeights(folder),
     )
-    file = backend.build(job)
+    with torch._inductor.config.patch({"cpp.cxx": (None, str(static))}):
+        file = backend.build(job)
     assert list(folder.iterdir()) == [file]
     return file
 

@@ -69,3 +69,15 @@ def test_no_command_prints_the_help(hybridiff):
 def test_version(hybridiff):
     ran = hybridiff("--version")
     assert (ran.code, ran.out.split()[0]) == (0, "hybridiff")
+
+
+def test_the_package_is_the_command_line_too():
+    """For environments whose scripts are not on the path."""
+    def run(*arguments):
+        return subprocess.run([sys.executable, "-m", "hybridiff_compiler", *arguments], capture_output=True, text=True)
+
+    told, wrong = run("--version"), run("no-such-command")
+    assert told.returncode == 0
+    assert "0.1" in told.stdout
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: ")
