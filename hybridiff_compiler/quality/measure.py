@@ -7,6 +7,7 @@ pipeline call, images out. On CUDA the loop is timed with events, so nothing is 
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -113,8 +114,9 @@ def loop_timed(pipe: Any) -> Iterator[Callable[[], float]]:
     """Yields a function that tells the seconds of the denoising loop that ran inside the context."""
     _, denoiser = find_denoiser(pipe)
     scheduler, marks = pipe.scheduler, _Marks(next(denoiser.parameters()).device)
-    step = scheduler.step
+    step, hooked = scheduler.step, scheduler.__dict__.get("step")
 
+    @functools.wraps(step)
     def timed_step(*args: Any, **kwargs: Any) -> Any:
         result = step(*args, **kwargs)
         marks.last = marks.now()
@@ -130,7 +132,9 @@ def loop_timed(pipe: Any) -> Iterator[Callable[[], float]]:
         yield marks.seconds
     finally:
         handle.remove()
-        scheduler.__dict__.pop("step", None)
+        del scheduler.step
+        if hooked is not None:
+            scheduler.step = hooked
 
 
 class _Marks:

@@ -68,6 +68,7 @@ class Driver:
         self._index = {pattern.name: index for index, pattern in enumerate(plan.patterns)}
         self._missed: dict[int, list[int]] = {rank: [] for rank in range(1, plan.world_size)}
         self._generation = self._timings = self._traces = self._resizes = self._reports = 0
+        self._step = 0
         self._bypass = False
         self._said: set[str] = set()
 
@@ -169,6 +170,18 @@ class Driver:
             self._fail(error, "the start of a generation")
         return True
 
+    def settle(self) -> None:
+        """Wait until the steps so far have been computed, where a failing worker is noticed.
+
+        Raises:
+            WorkerError: see `step`.
+        """
+        if self._watch is not None:
+            try:
+                self._watch.drain()
+            except BaseException as error:
+                self._fail(error, f"step {self._step}")
+
     def _resize(self, images: int) -> bool:
         """Have all ranks go on with so many images per call; False: the denoiser does not allow it."""
         if images not in self._executors:
@@ -203,6 +216,7 @@ class Driver:
         Raises:
             WorkerError: a worker failed or hung; the plan has been closed and the pipeline runs on one device again.
         """
+        self._step = call.step
         covered = call.num_steps == self.plan.num_steps
         name = self._schedule.pattern_at(call.step) if covered else self.plan.exact
         pattern = self.plan.pattern(name)
@@ -215,7 +229,7 @@ class Driver:
                 self._fail(error, f"step {call.step} ({name})")
         if self._watch is not None and call.step == call.num_steps - 1:
             try:
-                self._watch.drain()  # a worker that failed must not go unnoticed by the last step
+                self._watch.finish()  # a worker that failed must not go unnoticed by the last step
             except BaseException as error:
                 self._fail(error, "the last steps of a generation")
         pair = self._estimates.pair(pattern.combine, computed)
@@ -227,7 +241,7 @@ class Driver:
         following = self._following(call.step, call.num_steps)
         executor = self._executor
         if self._watch is not None:
-            self._watch.check()
+            self._watch.admit()
         self._order(name, following, call)
         early = self._transport is None or self._transport.posts_early
         expected = executor.expect_estimates(name) if early else []
@@ -279,7 +293,8 @@ class Driver:
         """Close and raise: after a step that broke off, the ranks no longer agree on what comes next."""
         reason = error
         if isinstance(error, PeerError) and self._pool is not None:
-            silent = [error.peer] if error.timed_out else []
+            error = error if self._watch is None else self._watch.explain(error)
+            silent = error.silent
             assert self._transport is not None
             timeout_s = self._transport.timeout_s or 0.0
             reason = self._pool.failure(doing, silent=silent, timeout_s=timeout_s, suspect=error.peer)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..capture import flatten_call
 from ..ir import BRANCHES, Branch, CallSignature, InputError
 from .two_calls import TwoCalls, differing_shapes
+from .waiting import WaitingMethod
 
 __all__ = ["GuidedCall", "StepHandler", "find_denoiser", "intercept", "is_intercepted"]
 
@@ -77,12 +78,20 @@ def is_intercepted(denoiser: nn.Module) -> bool:
 
 
 @contextmanager
-def intercept(pipe: Any, handler: StepHandler) -> Iterator[None]:
-    """Route the guided denoiser calls of `pipe` to `handler` until the context ends; everything is restored then."""
+def intercept(
+    pipe: Any, handler: StepHandler, *, settle: Callable[[], None] | None = None
+) -> Iterator[None]:
+    """Route the guided denoiser calls of `pipe` to `handler` until the context ends; everything is restored then.
+
+    Args:
+        pipe: the pipeline.
+        handler: computes the steps.
+        settle: called before the scheduler is, if that would wait for the device (see `waiting`).
+    """
     from diffusers.hooks import HookRegistry, ModelHook
 
     _, denoiser = find_denoiser(pipe)
-    watcher = _Watcher(pipe, denoiser, handler)
+    watcher = _Watcher(pipe, denoiser, handler, settle)
 
     class RouteToHandler(ModelHook):
         def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -101,7 +110,10 @@ def intercept(pipe: Any, handler: StepHandler) -> Iterator[None]:
 class _Watcher:
     """Turns the stream of denoiser calls into generations and steps."""
 
-    def __init__(self, pipe: Any, denoiser: nn.Module, handler: StepHandler) -> None:
+    def __init__(
+        self, pipe: Any, denoiser: nn.Module, handler: StepHandler, settle: Callable[[], None] | None
+    ) -> None:
+        self._settle, self._hooked = settle, list[str]()
         self._pipe, self._denoiser, self._handler = pipe, denoiser, handler
         self._latents, self._timestep, self._return_dict = _forward_parameters(denoiser)
         self._scheduler: Any = None
@@ -117,7 +129,7 @@ class _Watcher:
         self._said: set[str] = set()
 
     def watch_scheduler(self) -> None:
-        """Hook `set_timesteps` of the pipeline's present scheduler (it may be replaced at any time)."""
+        """Hook `set_timesteps` (and `step`) of the pipeline's present scheduler (it may be replaced at any time)."""
         scheduler = self._pipe.scheduler
         original = scheduler.set_timesteps
 
@@ -127,11 +139,16 @@ class _Watcher:
             return original(*args, **kwargs)
 
         scheduler.set_timesteps = set_timesteps
+        self._hooked = ["set_timesteps"]
+        if self._settle is not None and hasattr(scheduler, "step"):
+            scheduler.step = WaitingMethod(self._settle).wrap(scheduler.step)
+            self._hooked.append("step")
         self._scheduler, self._fresh = scheduler, True
 
     def release_scheduler(self) -> None:
         """Undo `watch_scheduler`."""
-        self._scheduler.__dict__.pop("set_timesteps", None)
+        for name in self._hooked:
+            self._scheduler.__dict__.pop(name, None)
 
     def call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One denoiser call: a step for the handler, or the original forward."""

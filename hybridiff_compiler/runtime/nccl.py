@@ -11,28 +11,39 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import combinations
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .transport import Channel, Incoming, PeerError, Transport, allocate
+from .watch import AHEAD
 
 __all__ = ["ENVIRONMENT", "NcclTransport"]
 
 ENVIRONMENT: Mapping[str, str] = {
     "NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",  # NVLink multicast brings nothing here
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    # An overdue transfer is broken off by torch's own thread, which kills no process,
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2", "TORCH_NCCL_ENABLE_MONITORING": "0", "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
+    # at once, instead of waiting a minute for others to write reports,
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0", "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",
+    # nor for Python stacks: a host that waits with the interpreter's lock held would keep it waiting for ever.
+    "TORCH_FR_BUFFER_SIZE": "0", "TORCH_NCCL_TRACE_BUFFER_SIZE": "0",
 }
-"""What NCCL and torch's process groups are made under: failures are noticed by us, and kill no process."""
+"""What NCCL and torch's process groups are made under."""
 
 _FORWARD, _BACKWARD, _ESTIMATES, _WEIGHTS = "forward", "backward", "estimates", "weights"
 _ABORT_S = 10.0
+_REMEMBERED = 4
+"""Receives per rank that are looked at when one is overdue."""
+_SUCCESS = 0
+"""torch's `WorkResult` of a transfer that was completed."""
 _NEVER = timedelta(days=365)
 
 
@@ -41,6 +52,15 @@ class _StreamWork:
 
     def __init__(self, work: dist.Work) -> None:
         self._work = work
+
+    def is_completed(self) -> bool:
+        """Whether it is done, or was broken off."""
+        return self._work.is_completed()
+
+    def has_failed(self) -> bool:
+        """Whether torch has broken it off."""
+        result = self._work.get_future_result()  # type: ignore[attr-defined]
+        return result.done() and result.value() != _SUCCESS
 
     def wait(self, _timeout: timedelta) -> None:
         self._work.wait()
@@ -75,6 +95,12 @@ class NcclTransport(Transport):
                 self._connect()
             except RuntimeError as error:
                 raise PeerError(0 if rank else 1, "connecting to", False, str(error)) from error
+        self._receiving: deque[tuple[int, _StreamWork]] = deque(maxlen=_REMEMBERED * world_size)
+        if timeout_s is not None:
+            # Steps are queued ahead, and what is received waits for them: only then is a transfer surely stuck.
+            limit = timedelta(seconds=(AHEAD + 1) * timeout_s)
+            for name in (_FORWARD, _BACKWARD, _ESTIMATES):
+                self._nccl[name]._set_default_timeout(limit)
 
     def broadcast(self, tensors: Sequence[Tensor], *, root: int = 0, window: int = 16) -> None:
         """See `Transport.broadcast`; returns when the tensors have arrived."""
@@ -99,6 +125,14 @@ class NcclTransport(Transport):
             thread.start()
         for thread in threads:
             thread.join(_ABORT_S)
+
+    def is_broken(self) -> bool:
+        """Whether torch broke transfers off by itself: one was overdue, or NCCL noticed that the other side is gone."""
+        return any(work.has_failed() for _, work in self._receiving)
+
+    def silent_peers(self) -> Sequence[int]:
+        """Ranks from which something has not arrived, lowest first."""
+        return sorted({peer for peer, work in self._receiving if not work.is_completed()})
 
     def close(self) -> None:
         """Drop the connections; pending transfers fail."""
@@ -126,10 +160,11 @@ class NcclTransport(Transport):
         if channel is Channel.ORDERS:
             return super().receive_bytes(peer, channel, buffer, views)
         try:
-            work: Any = _StreamWork(self._group_of(peer, self.rank, channel).recv([buffer], peer, 0))
+            work = _StreamWork(self._group_of(peer, self.rank, channel).recv([buffer], peer, 0))
         except RuntimeError as error:
             raise PeerError(peer, "receiving from", False, str(error)) from error
-        return Incoming(self, peer, "receiving from", work, (buffer,) if views is None else views)
+        self._receiving.append((peer, work))
+        return Incoming(self, peer, "receiving from", cast(Any, work), (buffer,) if views is None else views)
 
     def _group_of(self, source: int, target: int, channel: Channel) -> Any:
         name = _ESTIMATES if channel is Channel.ESTIMATES else _FORWARD if source < target else _BACKWARD

@@ -63,7 +63,9 @@ def parallelize(
         pipe: a diffusers pipeline whose denoiser is on the first rank's device.
         plan: what to run: a plan, its file, or a bundle or its folder, which is loaded without compiling.
         devices: one per rank; default: the CPU, or on GPUs the denoiser's and then the others in order.
-        timeout_s: seconds after which a worker that does not answer within a step counts as hung.
+        timeout_s: seconds after which a worker that does not answer within a step counts as hung; one that died is
+            noticed at once. On GPUs both take five times as long when a callback waits for the device without letting
+            other Python threads run (indexing with a tensor on the GPU does).
         threads: CPU threads per rank, also of this process while the plan is active; default: the processors that
             this process may use, divided by the number of ranks.
         backend: see `hybridiff_compiler.backends`; default: eager on CPUs, inductor on GPUs, where the graphs are
@@ -236,13 +238,14 @@ class ParallelPipeline:
             self._pool.wait_for(READY, timeout_s=_START_TIMEOUT_S)
         watch = None
         if self._pool is not None and isinstance(self._transport, NcclTransport):
-            watch = DeviceWatch(self._pool, self._transport)
+            watch = DeviceWatch(self._pool, self._transport, self._devices[0])
             self._resources.callback(watch.close)
         self._driver = Driver(
             self.plan, denoiser, executors, transport=self._transport, pool=self._pool, close=self._finalizer,
             watch=watch,
         )
-        self._resources.enter_context(intercept(pipe, self._driver))
+        settle = None if watch is None else self._driver.settle
+        self._resources.enter_context(intercept(pipe, self._driver, settle=settle))
 
     def _hand_over(
         self, store: dist.Store, address: dict[str, Any], skeleton: bytes, tensors: list[Tensor], timeout_s: float,

@@ -41,9 +41,13 @@ class Channel(IntEnum):
 class PeerError(Exception):
     """Talking to another rank failed: it is gone, or it stayed silent for too long."""
 
-    def __init__(self, peer: int, doing: str, timed_out: bool, cause: str) -> None:
+    def __init__(
+        self, peer: int, doing: str, timed_out: bool, cause: str, *, silent: tuple[int, ...] | None = None
+    ) -> None:
         super().__init__(f"{doing} rank {peer}: {cause}")
         self.peer, self.doing, self.timed_out = peer, doing, timed_out
+        self.silent = silent if silent is not None else (peer,) if timed_out else ()
+        """Ranks that did not answer in time."""
 
 
 class Layout:
