@@ -36,6 +36,8 @@ class Channel(IntEnum):
     """To the driver."""
     INPUTS = 3
     """From the driver: inputs that are on its device."""
+    BANDS = 4
+    """Between any two ranks: what the bands of a decode need of each other."""
 
 
 class PeerError(Exception):
