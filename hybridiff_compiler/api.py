@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -123,15 +124,15 @@ def profile_costs(
     threads: int | None = None,
     seed: int = 0,
     quick: bool = False,
-    max_seconds: float = 240.0,
+    max_seconds: float = math.inf,
     gpus: Iterable[int] = (1, 2),
     link: Link | None = None,
     links: Sequence[str] = (),
     random_weights: bool = False,
-    recipe: Any = None,
     jobs: int = 0,
     alone: Any = None,
     on_progress: Any = None,
+    on_note: Any = None,
     **options: Any,
 ) -> Profile:
     """Measure only times: layers, stage graphs and links. No image is made, and plans from it are exact or free of a
@@ -149,16 +150,16 @@ def profile_costs(
         threads: CPU threads of one rank.
         seed: of the pipeline's call; noted.
         quick: fewer repeats, and stages are not re-measured after partitions moved.
-        max_seconds: after which partitions are not solved for and their stages not measured once more.
+        max_seconds: after which nothing more is built; the profile then names what it lacks.
         gpus: the numbers of GPUs to plan for later: stages of their partitions are measured.
         link: between the GPUs that will run it, if stages shall recompute cheap layers whose values take longer to
             arrive over it (default: they receive everything).
         links: devices between which links are measured, e.g. `("cuda:0", "cuda:1")`.
         random_weights: whether the weights are; noted.
-        recipe, jobs: how helper processes make the denoiser, and how many build graphs ahead
-            (`profiler.precompile.Recipe`).
+        jobs: graphs are built and timed by so many processes, which share the denoiser's memory (0: by this one).
         alone: context manager factory opened around samples, to keep others off the machine meanwhile.
         on_progress: called with (stage, done, total).
+        on_note: called, from any thread, with what those processes have built.
         **options: further keyword arguments of the pipeline call.
 
     Raises:
@@ -190,8 +191,9 @@ def profile_costs(
         "backend": _backend(denoiser, backend), "method": layer_method, "threads": threads,
         "rounds": 5 if quick else 15,
         "max_rounds": 1 if quick else 3, "max_seconds": max_seconds,
-        "links": links, "random_weights": random_weights, "recipe": recipe,
-        "jobs": jobs, "alone": alone or nullcontext, "on_progress": on_progress or (lambda stage, done, total: None),
+        "links": links, "random_weights": random_weights, "jobs": jobs,
+        "on_note": on_note or (lambda text: None), "alone": alone or nullcontext,
+        "on_progress": on_progress or (lambda stage, done, total: None),
     }
     named = name or str(getattr(model, "name_or_path", "") or type(model).__name__)
     if call is not None:

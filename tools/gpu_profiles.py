@@ -1,9 +1,10 @@
 """Profiles of costs of five architectures with random weights, side by side on the GPUs of one host.
 
 Capturing and compiling take minutes and use the CPU, timing takes seconds and wants the GPU alone. So every
-architecture has a process of its own, and whoever times stops the others on its GPU meanwhile.
+architecture has a process of its own with several that build graphs for it, and whoever times stops all others on its
+GPU meanwhile. What is not built when the time is nearly over is left out, and the profile says so.
 
-    python tools/gpu_profiles.py OUT [NAME ...] [--device cuda] [--limit SECONDS] [--helpers 2]
+    python tools/gpu_profiles.py OUT [NAME ...] [--device cuda] [--limit SECONDS] [--helpers N]
 
 writes OUT/NAME.json (with the links between the host's GPUs, if it has several) and OUT/profiles.log. Profiles that are
 there already are kept. Exit code 1 when one is missing in the end.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import functools
 import os
 import signal
 import subprocess
@@ -23,9 +25,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-NAMES = ("sdxl", "flux", "wan", "sd3", "pixart")
+NAMES = ("sdxl", "sd3", "flux", "wan", "pixart")
 _LARGEST_BYTES = 16 << 20
-_QUIET_S = 0.5
+_QUIET_S = 0.3
+_LAST_TURNS_S = 14.0
+"""Kept per architecture, of the limit, for the last times: all take them at the end, one after the other."""
+_LINKS_S = 35.0
 
 
 class Turns:
@@ -62,7 +67,6 @@ def child(arguments: argparse.Namespace) -> None:
         print(f"{time.monotonic() - began:7.1f} s  {text}", flush=True)
 
     from hybridiff_compiler.api import profile_costs
-    from hybridiff_compiler.profiler.precompile import Recipe
     from hybridiff_compiler.quality.denoisers import random_denoiser
 
     name, turns = arguments.names[0], Turns(arguments.child)
@@ -80,18 +84,18 @@ def child(arguments: argparse.Namespace) -> None:
     profile = profile_costs(
         built.denoiser, call=built.call, name=name, random_weights=True, num_inference_steps=built.spec.steps,
         guidance_scale=built.spec.guidance_scale, layer_method=arguments.method, backend=arguments.backend,
-        recipe=Recipe("hybridiff_compiler.quality.denoisers:build_denoiser", {
-            "name": name, "device": arguments.device, "dtype": None,
-        }),
-        jobs=arguments.helpers, alone=turns.alone, on_progress=on_progress, quick=arguments.quick,
-        max_seconds=0.5 * arguments.limit, threads=1 if arguments.device == "cpu" else None,
+        jobs=arguments.helpers, alone=turns.alone, on_progress=on_progress, on_note=say, quick=arguments.quick,
+        max_seconds=max(1.0, arguments.limit - (time.monotonic() - began)),
+        threads=1 if arguments.device == "cpu" else None,
     )
     profile.save(arguments.out / f"{name}.json")
     timing = profile.costs.timing
     assert timing is not None
-    say(f"done: whole {1e3 * timing.whole_s[1]:.2f} ms, batch 2 {1e3 * timing.whole_s[2]:.2f} ms, layers "
-        f"{timing.method}, sum/whole {timing.raw_sum[1]:.3f}, stages off by {timing.stage_residual:.1%}, fitted "
-        f"{timing.fitted_residual:.1%}, rounds {timing.rounds}, settled {timing.settled}")
+    whole = ", ".join(f"batch {batch} {1e3 * seconds:.2f} ms" for batch, seconds in timing.whole_s.items())
+    say(f"done: whole {whole}; layers {timing.method}, sum/whole "
+        + ", ".join(f"{ratio:.3f}" for ratio in timing.raw_sum.values())
+        + f", stages off by {timing.stage_residual:.1%}, fitted {timing.fitted_residual:.1%}, rounds {timing.rounds}, "
+        f"settled {timing.settled}" + (f", MISSING {', '.join(timing.missing)}" if timing.missing else ""))
 
 
 def run_all(arguments: argparse.Namespace) -> int:
@@ -103,29 +107,33 @@ def run_all(arguments: argparse.Namespace) -> int:
     names = [name for name in arguments.names if not (arguments.out / f"{name}.json").is_file()]
     began = time.monotonic()
     running: dict[str, subprocess.Popen[bytes]] = {}
+    cores = os.cpu_count() or 2
+    helpers = arguments.helpers
+    if helpers is None:  # a few more processes than cores: some wait for the GPU
+        helpers = max(1, min(8, -(-(cores + 4) // max(1, len(names)))))
+    limit = arguments.limit - _LAST_TURNS_S * len(names) / gpus - (_LINKS_S if max(gpus, arguments.ranks) > 1 else 0.0)
+    threads = str(max(1, min(3, cores // 2)))
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         for index, name in enumerate(names):
             gpu = index % gpus
             folder = root / f"gpu{gpu}"
             folder.mkdir(exist_ok=True)
-            helpers = arguments.helpers if index == 0 else 0
-            method = "eager" if name.startswith("flux") else arguments.method  # its compilation takes longest
             command = [
                 sys.executable, __file__, str(arguments.out), name, f"--child={folder}", f"--device={arguments.device}",
-                f"--helpers={helpers}", f"--limit={arguments.limit}", f"--method={method}",
+                f"--helpers={helpers}", f"--limit={limit}", f"--method={arguments.method}",
             ]
             command += [f"--backend={arguments.backend}"] if arguments.backend else []
             command += ["--quick"] if arguments.quick else []
             visible = {"CUDA_VISIBLE_DEVICES": str(gpu)} if gpus > 1 else {}
-            threads = str(max(2, (os.cpu_count() or 4) // 4))
             with open(root / f"{name}.log", "wb") as log:
                 running[name] = subprocess.Popen(
                     command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
                     env=os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": threads, "OMP_NUM_THREADS": "2"} | visible,
+                    preexec_fn=functools.partial(os.nice, 2 * index),  # the first ones are the most wanted
                 )
         try:
-            _wait(running, began + arguments.limit)
+            _wait(running, began + arguments.limit - (_LINKS_S if max(gpus, arguments.ranks) > 1 else 0.0))
         finally:
             for process in running.values():
                 _end(process)
@@ -196,6 +204,7 @@ def _report(arguments: argparse.Namespace, root: Path, names: list[str], links: 
     for name in names:
         lines.append(f"== {name}")
         words = (root / f"{name}.log").read_text(errors="replace").splitlines()
+        (arguments.out / f"{name}.log").write_text("\n".join(words) + "\n")
         lines += words[-40:]
     for name in arguments.names:
         file = arguments.out / f"{name}.json"
@@ -219,7 +228,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--backend", help="eager or inductor [default: inductor on cuda]")
     parser.add_argument("--method", default="compiled", choices=("compiled", "eager"))
-    parser.add_argument("--helpers", type=int, default=2, help="processes that compile ahead for the first name")
+    parser.add_argument("--helpers", type=int, help="processes that build graphs, per name [default: by the cores]")
     parser.add_argument("--limit", type=float, default=460.0, help="seconds until what is not done is given up")
     parser.add_argument("--ranks", type=int, default=1, help="processes between which links are measured, on cpu")
     parser.add_argument("--quick", action="store_true")

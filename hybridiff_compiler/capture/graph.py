@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from .call import CallSignature, dtype_name, flatten_call
 from .export import export_call
 from .flops import count_flops
 from .grouping import Group, group_nodes, node_bytes
-from .stage import StageGraph, extract_stage
+from .stage import StageGraph, evaluated_nodes, extract_stage
 from .traffic import count_traffic
 
 __all__ = ["CapturedDenoiser", "capture"]
@@ -51,6 +52,24 @@ class CapturedDenoiser:
             UsageError: an unknown layer, a tap that the stage does not compute, or nothing to return.
         """
         return extract_stage(self.graph_module, self.input_names, self.layer_of, layer_names, taps)
+
+    def shares(self, layer_names: Iterable[str], taps: Iterable[str] = ()) -> dict[str, float]:
+        """Which part of each layer the graph of `extract` evaluates, 0 to 1: what neither the estimate nor a tap needs
+        is left out of it. By arithmetic; by number of operations for a layer that has none."""
+        done = evaluated_nodes(self.graph_module, self.layer_of, layer_names, taps)
+        flops = self._node_flops
+        busy = {layer.name for layer in self.layers.layers if layer.flops > 0}
+        part: dict[str, float] = defaultdict(float)
+        full: dict[str, float] = defaultdict(float)
+        for node, layer in self.layer_of.items():
+            weight = flops.get(node, 0.0) if layer in busy else 1.0
+            full[layer] += weight
+            part[layer] += weight * (node in done)
+        return {name: part[name] / full[name] for name in self.layers.names if part[name]}
+
+    @cached_property
+    def _node_flops(self) -> dict[str, float]:
+        return count_flops(self.graph_module.graph)
 
     def whole(self, taps: Iterable[str] = ()) -> StageGraph:
         """The graph of all layers, returning the estimate and the given values."""

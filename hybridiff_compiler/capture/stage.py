@@ -10,7 +10,7 @@ from torch import fx
 
 from ..ir.errors import UsageError
 
-__all__ = ["StageGraph", "extract_stage"]
+__all__ = ["StageGraph", "evaluated_nodes", "extract_stage"]
 
 _MAX_NAMED = 3
 
@@ -89,6 +89,20 @@ def extract_stage(
     module = fx.GraphModule(graph_module, graph, class_name="Stage").eval()
     return StageGraph(
         module, tuple(path for path, _ in inputs), tuple(node.name for node in values), wanted, has_estimate
+    )
+
+
+def evaluated_nodes(
+    graph_module: fx.GraphModule, layer_of: Mapping[str, str], layer_names: Iterable[str], taps: Iterable[str] = ()
+) -> frozenset[str]:
+    """Names of the `call_function` nodes that the graph of `extract_stage` evaluates."""
+    inside = frozenset(layer_names)
+    nodes = {node.name: node for node in graph_module.graph.nodes}
+    (estimate,) = graph_module.graph.output_node().all_input_nodes
+    roots = [node for node in (estimate, *(nodes[name] for name in taps)) if layer_of[node.name] in inside]
+    return frozenset(
+        node.name for node in _slice(roots, inside, layer_of)
+        if node.op == "call_function" and layer_of[node.name] in inside
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -42,7 +43,9 @@ def command(
     backend: Annotated[str | None, typer.Option(
         help="What will run the stages: eager or inductor [default: inductor on cuda].")] = None,
     jobs: Annotated[int | None, typer.Option(
-        min=0, help="Processes that compile ahead, for random weights [default: 2 on cuda where they fit].")] = None,
+        min=0, help="With --costs-only: processes that compile and time [default: up to 8 on cuda].")] = None,
+    max_seconds: Annotated[float | None, typer.Option(
+        min=1, help="With --costs-only: build nothing more after this; the profile says what it lacks.")] = None,
     estimate: Annotated[str | None, typer.Option(
         help="Estimate the times on another kind of GPU instead: h100, a100, l40s, rtx4090, rtx3090, ...")] = None,
     fit: Annotated[Path | None, typer.Option(
@@ -77,7 +80,7 @@ def command(
     options = CostOptions(
         device=device, dtype=dtype, backend=backend, threads=threads if device == "cpu" else None, gpus=gpus,
         steps=steps, guidance_scale=guidance_scale[0] if guidance_scale else None, seed=seed, quick=quick,
-        random_weights=random_weights, jobs=jobs,
+        random_weights=random_weights, jobs=jobs, max_seconds=max_seconds or math.inf,
     )
     partial = output.with_name(f"{output.name}.partial")
     if restart:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["CostOptions", "estimate_costs", "link_devices", "measure_costs_only", "with_measured_links"]
 
 
-_MOST_JOBS = 2
+_MOST_JOBS = 8
+"""As many graphs are built at first for two ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,7 @@ class CostOptions:
     quick: bool
     random_weights: bool
     jobs: int | None
+    max_seconds: float = math.inf
 
 
 def measure_costs_only(model: str, options: CostOptions, call_options: Any, on_progress: Any) -> Profile:
@@ -48,19 +52,14 @@ def measure_costs_only(model: str, options: CostOptions, call_options: Any, on_p
     common: dict[str, Any] = {
         "backend": options.backend, "threads": options.threads, "seed": options.seed, "quick": options.quick,
         "gpus": _worlds(options.gpus), "links": link_devices(options.device, options.gpus, options.quick),
-        "on_progress": on_progress,
+        "on_progress": on_progress, "jobs": _jobs(options), "max_seconds": options.max_seconds,
     }
     if options.random_weights:
-        from ..profiler.precompile import Recipe
         from ..quality.denoisers import random_denoiser
 
         built = random_denoiser(model, device=options.device, dtype=options.dtype, seed=options.seed)
-        recipe = Recipe("hybridiff_compiler.quality.denoisers:build_denoiser", {
-            "name": model, "device": options.device, "dtype": options.dtype,
-        })
         return profile_costs(
-            built.denoiser, call=built.call, name=model, random_weights=True, recipe=recipe,
-            jobs=_jobs(options, built.denoiser),
+            built.denoiser, call=built.call, name=model, random_weights=True,
             num_inference_steps=options.steps or built.spec.steps,
             guidance_scale=_or(options.guidance_scale, built.spec.guidance_scale), **common,
         )
@@ -168,17 +167,13 @@ def link_devices(device: str, gpus: int | None, quick: bool) -> Sequence[str]:
     return tuple(f"cuda:{index}" for index in range(present if gpus is None else gpus))
 
 
-def _jobs(options: CostOptions, denoiser: Any) -> int:
-    """Processes that compile ahead: each needs memory for the weights and for running them once."""
+def _jobs(options: CostOptions) -> int:
+    """Processes that build graphs: half of the cores' number, where there is something to compile for long."""
     if options.jobs is not None:
         return options.jobs
     if options.device == "cpu" or options.backend == "eager":
         return 0
-    import torch
-
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in denoiser.parameters())
-    room = int(torch.cuda.mem_get_info()[0] / (1.5 * weights)) - 1  # this process runs them, too
-    return max(0, min(_MOST_JOBS, room))
+    return max(1, min(_MOST_JOBS, (os.cpu_count() or 2) // 2))
 
 
 def _worlds(gpus: int | None) -> tuple[int, ...]:

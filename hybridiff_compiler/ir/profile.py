@@ -127,6 +127,9 @@ class LayerTiming(Data):
     """How often partitions were solved for and their stages measured until they stopped moving."""
     settled: bool | None = None
     """Whether they stopped."""
+    missing: tuple[str, ...] = ()
+    """What was not measured because the time was over: sums of layers stand in for stages, and layers of the uncompiled
+    whole for those of the compiled one."""
 
 
 class Costs(Data):

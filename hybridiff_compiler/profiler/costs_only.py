@@ -6,6 +6,7 @@ import ast
 import datetime
 import math
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -14,14 +15,14 @@ import torch
 from torch import nn
 
 from ..capture import flatten_call, unflatten_call
-from ..ir import Branch, CallSignature, LayerGraph, ModelInfo, Profile, Provenance, UsageError
+from ..ir import BRANCHES, Branch, CallSignature, LayerGraph, ModelInfo, Profile, Provenance, UsageError
 from ..ir.versions import installed_versions
 from ..runtime.segments import SegmentRunner
-from .costs import Alone, LayerMethod
+from .costs import LayerMethod
 from .generate import FirstCall, Generation, prompts_digest
 from .links import with_links
-from .precompile import Helpers, Recipe
 from .settling import Tables, measure_costs
+from .timers import Alone, timers_for
 from .timing import pinned_threads
 
 __all__ = ["call_of_pipeline", "clocks_mhz", "cost_profile", "costs_of_pipeline", "model_info"]
@@ -48,9 +49,9 @@ def cost_profile(
     step_overhead_s: float = 0.0,
     seed: int = 0,
     random_weights: bool = False,
-    recipe: Recipe | None = None,
     jobs: int = 0,
     alone: Alone = nullcontext,
+    on_note: Callable[[str], None] = lambda text: None,
     on_progress: Progress = lambda stage, done, total: None,
 ) -> Profile:
     """Measure layers, stages and links of a denoiser from one branch's call.
@@ -70,25 +71,31 @@ def cost_profile(
         step_overhead_s: of the pipeline, where one was watched.
         seed: noted.
         random_weights: noted.
-        recipe, jobs: see `precompile.Helpers`; graphs are built ahead by so many processes.
+        jobs: graphs are built and timed by so many processes (0: by this one).
         alone: opened around samples.
+        on_note: called, from any thread, with what processes have built.
         on_progress: called with (stage of the session, done, total).
 
     Raises:
         UsageError, InputError: see `capture.capture`.
         WorkerError: links could not be measured.
     """
+    began = time.monotonic()
     signature, leaves = flatten_call(denoiser, (), call)
     device = next(denoiser.parameters()).device
-    on_progress("capture", 0, 1)
-    bare = SegmentRunner(denoiser, signature, (), ())
-    on_progress("capture", 1, 1)
-    inputs: dict[Branch, dict[str, torch.Tensor]] = {"cond": dict(leaves), "uncond": dict(leaves)}
-    with pinned_threads(threads), Helpers(recipe, jobs, backend=backend) as helpers:
+    inputs: dict[Branch, dict[str, torch.Tensor]] = {
+        branch: {path: leaf.to(device) for path, leaf in leaves.items()} for branch in BRANCHES
+    }
+    with pinned_threads(threads), timers_for(
+        denoiser, signature, inputs, jobs=jobs, threads=threads, alone=alone, on_note=on_note
+    ) as timers:
+        on_progress("capture", 0, 1)
+        bare = SegmentRunner(denoiser, signature, (), ())
+        on_progress("capture", 1, 1)
         measured = measure_costs(
-            denoiser, bare, inputs, tables, backend=backend, method=method, rounds=rounds, max_rounds=max_rounds,
-            max_seconds=max_seconds,
-            step_overhead_s=step_overhead_s, alone=alone, helpers=helpers, on_progress=on_progress,
+            bare, inputs, tables, timers, backend=backend, method=method, rounds=rounds, max_rounds=max_rounds,
+            max_seconds=max_seconds - (time.monotonic() - began), step_overhead_s=step_overhead_s,
+            on_progress=on_progress,
         )
     with alone():
         costs = with_links(

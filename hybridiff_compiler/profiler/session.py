@@ -30,6 +30,7 @@ from .errors import ErrorMeasurement, ErrorSettings
 from .generate import FirstCall, Generation, noise_levels, prompts_digest
 from .partial import Partial, weights_digest
 from .settling import Tables, measure_costs
+from .timers import timers_for
 from .timing import pinned_threads
 
 __all__ = ["ProfileSession", "Progress"]
@@ -145,11 +146,14 @@ class ProfileSession:
     def _measure_costs(
         self, bare: SegmentRunner, inputs: Any, tables: Tables, known: Profile | None, step_overhead_s: float
     ) -> Costs:
-        with pinned_threads(self._threads):
+        device = next(self._denoiser.parameters()).device
+        inputs = {branch: {path: leaf.to(device) for path, leaf in side.items()} for branch, side in inputs.items()}
+        with pinned_threads(self._threads), timers_for(
+            self._denoiser, self._signature, inputs, captured={1: bare.captured(1)}
+        ) as timers:
             measured = measure_costs(
-                self._denoiser, bare, inputs,
-                tables if known is None else lambda graph, costs: (known.partitions, known.patterns),
-                backend=self._backend, rounds=self._rounds, step_overhead_s=step_overhead_s,
+                bare, inputs, tables if known is None else lambda graph, costs: (known.partitions, known.patterns),
+                timers, backend=self._backend, rounds=self._rounds, step_overhead_s=step_overhead_s,
                 on_progress=self._progress,
             )
         self._partitions, self._patterns = measured.partitions, measured.patterns

@@ -9,37 +9,32 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..backends.cuda_graph import recorder_for
-from ..ir import WHOLE, Branch, Costs, LayerGraph, LayerTiming, Partition, Pattern, Segment, StageCost
+from ..ir import BRANCHES, WHOLE, Branch, Costs, LayerGraph, LayerTiming, Partition, Pattern, Segment, StageCost
 from ..runtime.segments import SegmentRunner
-from .costs import (
-    Alone,
-    LayerMethod,
-    LayerTimes,
-    StageTime,
-    distinct_segments,
-    fit_to_stages,
-    layers_of,
-    measure_layers,
-    measure_segments,
-    stage_distance,
-)
-from .precompile import Helpers
+from .costs import LayerMethod, LayerTimes, StageTime, fit_to_stages, layer_times, stage_distance
+from .jobs import Job, distinct_segments
+from .marks import MarkedWhole
+from .timers import Timers
+from .timing import Timing
 
 __all__ = ["Measured", "Tables", "measure_costs"]
 
 Tables = Callable[[LayerGraph, Sequence[float]], tuple[tuple[Partition, ...], tuple[Pattern, ...]]]
 """From the layer graph and layer times, the partitions and patterns worth measuring (exact ones among them)."""
 Progress = Callable[[str, int, int], None]
-_Key = tuple[frozenset[str], int]
-"""Layers of a segment graph, and how many branches it runs together."""
+_Key = tuple[frozenset[tuple[str, float]], int]
+"""What a segment graph evaluates of which layers, and how many branches it runs together."""
+
+_MARKED = "layers of the compiled whole"
+_STILL = 0.01
+"""A cut that moves less of the denoiser's time than this from one stage to another has not moved."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +47,10 @@ class Measured:
 
 
 def measure_costs(
-    denoiser: nn.Module,
     bare: SegmentRunner,
     inputs: Mapping[Branch, Mapping[str, Tensor]],
     tables: Tables,
+    timers: Timers,
     *,
     backend: str = "eager",
     method: LayerMethod = "compiled",
@@ -63,127 +58,197 @@ def measure_costs(
     max_rounds: int = 3,
     max_seconds: float = math.inf,
     step_overhead_s: float = 0.0,
-    alone: Alone = nullcontext,
-    helpers: Helpers | None = None,
     on_progress: Progress = lambda stage, done, total: None,
 ) -> Measured:
-    """Measure layers and stages of `denoiser`.
+    """Measure layers and stages of a denoiser.
 
     Args:
-        denoiser: the network.
         bare: a runner of it without patterns, for its captures.
         inputs: one call per branch, by leaf path.
         tables: see `Tables`.
+        timers: who builds and times graphs of the same denoiser and inputs.
         backend: `eager` or `inductor`; on CUDA graphs are recorded and replayed.
-        method: see `measure_layers`.
+        method: with `compiled`, layers are also marked in the compiled whole (see `costs.layer_times`); with `eager`
+            the uncompiled graph's shares stand for the compiled ones.
         rounds: samples of each time.
         max_rounds: how often the partitions are solved for and measured, at most. Only new graphs are timed again.
-        max_seconds: after which no further round is begun.
+        max_seconds: after which nothing more is built. What is missing then is noted in the `LayerTiming`.
         step_overhead_s: taken over into the costs.
-        alone: opened around samples.
-        helpers: processes that build graphs ahead.
         on_progress: called with (stage of the session, done, total).
 
     Returns:
         Costs with `LayerTiming`, and the partitions and patterns that the stage costs are of.
     """
-    began = time.monotonic()
+    session = _Session(bare, inputs, timers, backend, rounds, time.monotonic() + max_seconds, on_progress)
     graph = bare.layers
-    whole = Partition.whole(graph)
-    device = next(denoiser.parameters()).device
-    inputs = {branch: {path: leaf.to(device) for path, leaf in leaves.items()} for branch, leaves in inputs.items()}
-    helpers = helpers or Helpers(None, 0, backend=backend)
-
-    @contextmanager
-    def undisturbed() -> Iterator[None]:
-        with alone(), helpers.paused():
-            yield
-
     exact = tuple(p for p in tables(graph, [layer.flops + 1.0 for layer in graph.layers])[1] if p.partition == WHOLE)
-    known: dict[_Key, StageCost] = {}
-
-    def time_new(partitions: tuple[Partition, ...], patterns: tuple[Pattern, ...]) -> dict[Segment, _Key]:
-        """Time the segments of `patterns` whose graph was not timed before; which graph each of them is."""
-        runner = SegmentRunner(
-            denoiser, bare.signature, patterns, partitions, backend=backend, recorder=recorder_for(device),
-            captured={batch: bare.captured(batch) for batch in (1, 2)},
-        )
-        stages = {partition.name: partition for partition in (*partitions, whole)}
-        segments = {
-            segment: (layers_of(runner, segment, stages), len(segment.branches))
-            for segment in distinct_segments(patterns).values()
-        }
-        new = [segment for segment, key in segments.items() if key not in known]
-        if partitions:
-            helpers.start(bare.signature, partitions, patterns, new)
-        helpers.wait()
-        measured = measure_segments(
-            runner, inputs, new, rounds=rounds, alone=undisturbed,
-            on_progress=lambda done, total: on_progress("stage times", done, total),
-        )
-        known.update({segments[segment]: cost for segment, cost in zip(new, measured)})
-        del runner
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        return segments
-
+    marked = backend != "eager" and method == "compiled"
     # The whole denoiser is timed without the values that cheap steps want of it: they cost next to nothing, and its
     # graph would change with every partition.
-    helpers.start(bare.signature, (), exact, list(distinct_segments(exact).values()))
-    raw = measure_layers(
-        bare, inputs, backend=backend, method=method, rounds=rounds, alone=undisturbed,
-        on_progress=lambda done, total: on_progress("layer times", done, total),
-    )
-    time_new((), exact)
-    whole_s = {batch: cost.seconds for (_, batch), cost in known.items()}
-    raw_sum = {batch: sum(raw[batch].seconds) / seconds for batch, seconds in whole_s.items()}
-    raw = {batch: times.scaled_to(whole_s[batch]) if batch in whole_s else times for batch, times in raw.items()}
+    wholes = session.start((), exact)
+    if marked:
+        timers.start({_MARKED: Job(kind="layers", backend=backend)})
+    plain = {1: session.plain_layers(1)}
+    first: tuple[tuple[Partition, ...], tuple[Pattern, ...]] | None = None
+    if timers.ahead:  # a guess that costs no waiting, and is mostly right
+        first = tables(graph, layer_times(plain, None)[1].seconds)
+        session.start(*first)
+    plain[2] = session.plain_layers(2)
+    times = session.finish()
+    raw = layer_times(plain, times.get(_MARKED))
+    known = session.known
+    whole_s = {key[1]: known[key].seconds for key in wholes.values() if key in known}
+    raw_sum = {batch: sum(raw[batch].seconds) / seconds for batch, seconds in whole_s.items() if batch in raw}
+    factor = next((1 / raw_sum[batch] for batch in (1, 2) if batch in raw_sum), 1.0)
+    raw = {batch: each.scaled_to(whole_s.get(batch, factor * sum(each.seconds))) for batch, each in raw.items()}
+
     layers = dict(raw)
-    partitions: tuple[Partition, ...] = ()
-    patterns: tuple[Pattern, ...] = ()
-    timing = LayerTiming(
-        method=raw[1].method, spread={b: _rounded(times.spread) for b, times in raw.items()}, settled=False
-    )
-    for count in range(1, max_rounds + 1):
-        solved = tables(graph, layers[1].seconds)
-        settled = solved[0] == partitions
-        if settled or (count > 1 and time.monotonic() - began > max_seconds):
-            timing = timing.model_copy(update={"settled": settled})
+    candidate = tables(graph, raw[1].seconds)
+    if first is not None and _unmoved(graph, raw[1].seconds, first[0], candidate[0]):
+        candidate = first
+    best, keys, count, settled = candidate, dict[Segment, _Key](), 0, False
+    residuals: dict[str, float] = {}
+    while count < max_rounds:
+        wanted = session.start(*candidate)
+        session.finish()
+        if keys and not all(key in known for key in wanted.values()):
+            break  # there was no time for these; what was complete before stays
+        best, keys, count = candidate, wanted, count + 1
+        stages = session.stages(1)
+        layers = {batch: _fitted(graph, each, session.stages(batch)) for batch, each in raw.items()}
+        if stages:
+            residuals = {
+                "stage_residual": stage_distance(graph.names, raw[1].seconds, stages),
+                "fitted_residual": stage_distance(graph.names, layers[1].seconds, stages),
+            }
+        candidate = tables(graph, layers[1].seconds)
+        settled = bool(stages) and _unmoved(graph, layers[1].seconds, best[0], candidate[0])
+        if settled or session.late:
             break
-        partitions, patterns = solved
-        keys = time_new(partitions, patterns)
-        measured = _stages(known, 1)
-        before = stage_distance(graph.names, raw[1].seconds, measured)
-        layers = {batch: _fitted(graph, times, known, batch) for batch, times in raw.items()}
-        timing = timing.model_copy(update={
-            "rounds": count, "stage_residual": before,
-            "fitted_residual": stage_distance(graph.names, layers[1].seconds, measured),
-        })
-    else:
-        timing = timing.model_copy(update={"settled": tables(graph, layers[1].seconds)[0] == partitions})
-    timing = timing.model_copy(update={"whole_s": whole_s, "raw_sum": raw_sum})
+    missing = [f"{s.partition} {','.join(map(str, s.stages))} x{key[1]}" for s, key in keys.items() if key not in known]
+    timing = LayerTiming(
+        method=_method(bare, backend, whole_s, marked and _MARKED in times),
+        spread={batch: _rounded(each.spread) for batch, each in raw.items()}, whole_s=whole_s, raw_sum=raw_sum,
+        rounds=count, settled=settled,
+        missing=(*missing, *([_MARKED] if marked and _MARKED not in times else [])), **residuals,
+    )
     return Measured(
         Costs(
-            layers={batch: times.seconds for batch, times in layers.items()}, timing=timing,
+            layers={batch: each.seconds for batch, each in layers.items()}, timing=timing,
             stages=tuple(
                 known[key].model_copy(update={"partition": segment.partition, "stages": segment.stages})
-                for segment, key in keys.items()
+                for segment, key in keys.items() if key in known
             ),
             step_overhead_s=step_overhead_s,
         ),
-        partitions, patterns,
+        *best,
     )
 
 
-def _stages(known: Mapping[_Key, StageCost], batch: int) -> list[StageTime]:
-    return [
-        StageTime(names, cost.seconds, cost.spread) for (names, branches), cost in known.items() if branches == batch
-    ]
+class _Session:
+    """What has been asked of the timers, and what they found."""
+
+    def __init__(
+        self, bare: SegmentRunner, inputs: Mapping[Branch, Mapping[str, Tensor]], timers: Timers, backend: str,
+        rounds: int, deadline: float, on_progress: Progress,
+    ) -> None:
+        self._bare, self._timers, self._backend, self._rounds = bare, timers, backend, rounds
+        self._deadline, self._progress = deadline, on_progress
+        self._device = next(iter(inputs["cond"].values())).device
+        self._inputs = inputs
+        self._asked: dict[_Key, tuple[str, Segment]] = {}
+        self.known: dict[_Key, StageCost] = {}
+
+    @property
+    def late(self) -> bool:
+        """Whether nothing more is to be built."""
+        return time.monotonic() > self._deadline
+
+    @torch.no_grad()
+    def plain_layers(self, batch: int) -> tuple[Timing, ...]:
+        """Times of the layers of the uncompiled whole."""
+        self._progress("layer times", batch - 1, 2)
+        captured = self._bare.captured(batch)
+        leaves = self._bare.join_inputs(self._inputs, BRANCHES[:batch] if batch > 1 else BRANCHES[1:])
+        with self._timers.undisturbed():
+            timings = MarkedWhole.build(captured, leaves, "eager").times(self._rounds)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._progress("layer times", batch, 2)
+        return timings
+
+    def start(self, partitions: tuple[Partition, ...], patterns: tuple[Pattern, ...]) -> dict[Segment, _Key]:
+        """Have the graphs that `patterns` launch built, unless they were already; what each segment evaluates."""
+        captured = {batch: self._bare.captured(batch) for batch in (1,)}
+        runner = SegmentRunner(
+            self._bare.denoiser, self._bare.signature, patterns, partitions, backend=self._backend, captured=captured,
+        )
+        stages = {each.name: each for each in (*partitions, Partition.whole(self._bare.layers))}
+        keys: dict[Segment, _Key] = {}
+        jobs: dict[Hashable, Job] = {}
+        for number, segment in enumerate(distinct_segments(patterns).values()):
+            taps = dict.fromkeys(name for _, name in runner.values_written(segment))
+            shares = captured[1].shares(stages[segment.partition].evaluated(segment.stages), taps)
+            key = (frozenset((name, round(part, 3)) for name, part in shares.items()), len(segment.branches))
+            keys[segment] = key
+            if key not in self._asked:
+                name = f"{segment.partition} {','.join(map(str, segment.stages))} x{key[1]} #{len(self._asked)}"
+                self._asked[key] = (name, segment)
+                jobs[name] = Job(
+                    kind="segment", backend=self._backend, partitions=partitions, patterns=patterns, segment=number,
+                    batch=key[1],
+                )
+        self._timers.start(dict(sorted(jobs.items(), key=lambda job: -job[1].batch)))
+        return keys
+
+    def finish(self) -> Mapping[Hashable, tuple[Timing, ...]]:
+        """Wait for what was started, and time it."""
+        times = self._timers.finish(
+            self._rounds, self._deadline, lambda done, total: self._progress("stage times", done, total)
+        )
+        for key, (name, segment) in self._asked.items():
+            if name in times:
+                (timing,) = times[name]
+                self.known[key] = StageCost(
+                    partition=segment.partition, stages=segment.stages, batch=key[1], seconds=timing.median,
+                    spread=timing.spread,
+                )
+        return times
+
+    def stages(self, batch: int) -> list[StageTime]:
+        """What was timed at a batch."""
+        return [
+            StageTime(dict(shares), cost.seconds, cost.spread)
+            for (shares, branches), cost in self.known.items() if branches == batch
+        ]
 
 
-def _fitted(graph: LayerGraph, times: LayerTimes, known: Mapping[_Key, StageCost], batch: int) -> LayerTimes:
-    """Layers fitted to the stages that were timed at their batch, the sum being that of the whole."""
-    stages = _stages(known, batch)
+def _unmoved(
+    graph: LayerGraph, seconds: Sequence[float], before: Sequence[Partition], after: Sequence[Partition]
+) -> bool:
+    """Whether the same partitions have the same stages, but for a hundredth of the denoiser's time."""
+    if [(p.name, len(p.stages)) for p in before] != [(p.name, len(p.stages)) for p in after]:
+        return False
+    took = dict(zip(graph.names, seconds))
+    most = _STILL * math.fsum(seconds)
+    return all(
+        math.fsum(took[name] for name in set(old) ^ set(new)) <= most
+        for one, other in zip(before, after) for old, new in zip(one.stages, other.stages)
+    )
+
+
+def _method(
+    bare: SegmentRunner, backend: str, whole_s: Mapping[int, float], compiled: bool
+) -> Literal["wall", "graph", "compiled", "eager-graph"]:
+    if compiled:
+        return "compiled"
+    if backend != "eager" and whole_s:
+        return "eager-graph"
+    return "graph" if next(bare.denoiser.parameters()).is_cuda else "wall"
+
+
+def _fitted(graph: LayerGraph, times: LayerTimes, stages: Sequence[StageTime]) -> LayerTimes:
+    """Layers fitted to the stages that were timed at their batch, the sum staying that of the whole."""
     if not stages:
         return times
     fitted = replace(times, seconds=fit_to_stages(graph.names, times.seconds, stages))

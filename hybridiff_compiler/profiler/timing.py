@@ -7,10 +7,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
-__all__ = ["FEWEST", "Timing", "host_clock", "pinned_threads", "sample_in_turns", "summary", "time_together"]
+__all__ = [
+    "FEWEST", "Timing", "host_clock", "pinned_threads", "sample_in_turns", "summary", "take_turns", "time_together",
+    "wall_timer",
+]
+
+_T = TypeVar("_T")
 
 
 FEWEST = 5
@@ -60,7 +66,7 @@ def time_together(
         alone: opened around the samples; may wait until nobody else uses the machine.
         on_round: called with (done, rounds).
     """
-    timers = [_cuda_timer(call, device) if device.type == "cuda" else _wall_timer(call) for call in calls]
+    timers = [_cuda_timer(call, device) if device.type == "cuda" else wall_timer(call) for call in calls]
     return sample_in_turns(timers, rounds=rounds, alone=alone, on_round=on_round)
 
 
@@ -72,17 +78,28 @@ def sample_in_turns(
     on_round: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Timing]:
     """Call functions that return seconds in turns; see `time_together`."""
-    samples: list[list[float]] = [[] for _ in timers]
+    return [summary(sample) for sample in take_turns(timers, rounds=rounds, alone=alone, on_round=on_round)]
+
+
+def take_turns(
+    samplers: Sequence[Callable[[], _T]],
+    *,
+    rounds: int,
+    alone: Callable[[], AbstractContextManager[object]] = nullcontext,
+    on_round: Callable[[int, int], None] = lambda done, total: None,
+) -> list[list[_T]]:
+    """What each of the functions returned in `rounds` rounds (fewer where they take long), called in turns."""
+    samples: list[list[_T]] = [[] for _ in samplers]
     with alone():
         began, done = time.monotonic(), 0
         while done < rounds:
-            for timer, sample in zip(timers, samples):
-                sample.append(timer())
+            for sampler, sample in zip(samplers, samples):
+                sample.append(sampler())
             done += 1
             if (time.monotonic() - began) / done * rounds > _LONG_S:
                 rounds = max(done, min(rounds, FEWEST))
             on_round(done, rounds)
-    return [summary(sample) for sample in samples]
+    return samples
 
 
 def summary(sample: list[float]) -> Timing:
@@ -101,7 +118,8 @@ def host_clock() -> Callable[[], float]:
     return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
-def _wall_timer(call: Callable[[], object]) -> Callable[[], float]:
+def wall_timer(call: Callable[[], object]) -> Callable[[], float]:
+    """A function that returns the seconds of one call, after one that does not count."""
     clock = host_clock()
     call()
     begin = clock()

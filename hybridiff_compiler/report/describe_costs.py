@@ -48,6 +48,8 @@ def describe_timing(profile: Profile) -> list[RenderableType]:
             f"stages off the sum of their layers by up to {timing.stage_residual:.1%}, after fitting the layers "
             f"{timing.fitted_residual or 0.0:.1%}; partitions {settled} after {timing.rounds} rounds"
         )
+    if timing.missing:
+        lines.append(f"INCOMPLETE, the time was over before these were measured: {', '.join(timing.missing)}")
     return [Text(line) for line in lines]
 
 

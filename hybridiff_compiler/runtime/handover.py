@@ -9,6 +9,7 @@ from __future__ import annotations
 import copyreg
 import io
 import pickle
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,9 +48,12 @@ def pack_skeleton(denoiser: nn.Module) -> tuple[bytes, list[Tensor]]:
     return stream.getvalue(), pickler.tensors
 
 
-def unpack_skeleton(data: bytes, device: torch.device | str) -> tuple[nn.Module, list[Tensor]]:
-    """The module with uninitialised tensors on `device`, and those tensors; `data` must come from our own driver."""
-    unpickler = _Unpickler(io.BytesIO(data), device)
+def unpack_skeleton(
+    data: bytes, device: torch.device | str, tensors: Sequence[Tensor] | None = None
+) -> tuple[nn.Module, list[Tensor]]:
+    """The module, and its tensors: uninitialised ones on `device`, or the first ones of `tensors` (in the order in
+    which they were packed), whose memory it then uses. `data` must come from our own driver."""
+    unpickler = _Unpickler(io.BytesIO(data), device, tensors)
     return unpickler.load(), unpickler.tensors
 
 
@@ -95,15 +99,19 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, stream: io.BytesIO, device: torch.device | str) -> None:
+    def __init__(
+        self, stream: io.BytesIO, device: torch.device | str, given: Sequence[Tensor] | None = None
+    ) -> None:
         super().__init__(stream)
         self.tensors: list[Tensor] = []
-        self._device = device
+        self._device, self._given = device, given
 
     def persistent_load(self, pid: Any) -> Tensor:
         number, shape, strides, dtype, is_parameter, requires_grad = pid
         if number == len(self.tensors):
-            if strides is None:
+            if self._given is not None:
+                tensor = self._given[number]
+            elif strides is None:
                 tensor = torch.empty(shape, dtype=dtype, device=self._device)
             else:
                 tensor = torch.empty_strided(shape, strides, dtype=dtype, device=self._device)

@@ -159,6 +159,11 @@ class SegmentRunner:
         self._graphs: dict[tuple[str, tuple[int, ...], int], _Graph] = {}
 
     @property
+    def denoiser(self) -> nn.Module:
+        """The network."""
+        return self._denoiser
+
+    @property
     def signature(self) -> CallSignature:
         """One branch's call."""
         return self._signature

@@ -1,5 +1,7 @@
 """Layer times in place, the fit to stages, and the loop between stages and partitions."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -7,12 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hybridiff_compiler as hc
+from hybridiff_compiler.capture import capture
 from hybridiff_compiler.ir import InputError, Partition, Pattern, Profile, UsageError
-from hybridiff_compiler.profiler import costs as costs_module
-from hybridiff_compiler.profiler.costs import StageTime, distinct_segments, fit_to_stages, layers_of, stage_distance
+from hybridiff_compiler.planner import candidate_partitions, measured_patterns
+from hybridiff_compiler.profiler.costs import StageTime, fit_to_stages, stage_distance
+from hybridiff_compiler.profiler.jobs import GraphBuilder, Job, distinct_segments, segment_of
 from hybridiff_compiler.profiler.marks import MarkedWhole
-from hybridiff_compiler.profiler.precompile import Helpers, Recipe
+from hybridiff_compiler.profiler.timers import ProcessTimers
+from hybridiff_compiler.profiler.timing import Timing
 from hybridiff_compiler.quality.denoisers import DENOISERS, random_denoiser
+from hybridiff_compiler.report.describe_costs import describe_timing
 from hybridiff_compiler.runtime.segments import SegmentRunner
 
 NAMES = tuple("abcdefgh")
@@ -26,8 +32,8 @@ TINY = [name for name in DENOISERS if name.endswith("-tiny")]
 def test_layers_are_fitted_to_the_stages(seconds, front, back, cut):
     """Two stages that cover everything: their layers are scaled alike, and sum up to what was measured."""
     stages = [
-        StageTime(frozenset(NAMES[:cut]), front * sum(seconds[:cut])),
-        StageTime(frozenset(NAMES[cut:]), back * sum(seconds[cut:])),
+        StageTime(dict.fromkeys(NAMES[:cut], 1.0), front * sum(seconds[:cut])),
+        StageTime(dict.fromkeys(NAMES[cut:], 1.0), back * sum(seconds[cut:])),
     ]
     fitted = np.array(fit_to_stages(NAMES, seconds, stages)) / seconds
     assert fitted[:cut] == pytest.approx([front] * cut, rel=0.03)
@@ -37,8 +43,8 @@ def test_layers_are_fitted_to_the_stages(seconds, front, back, cut):
 
 def test_a_disturbed_stage_is_trusted_less():
     seconds = [1.0] * 8
-    calm = StageTime(frozenset(NAMES[:4]), 5.0)
-    wild = StageTime(frozenset(NAMES[:4]), 5.0, spread=2.0)
+    calm = StageTime(dict.fromkeys(NAMES[:4], 1.0), 5.0)
+    wild = StageTime(dict.fromkeys(NAMES[:4], 1.0), 5.0, spread=2.0)
     assert sum(fit_to_stages(NAMES, seconds, [calm])[:4]) == pytest.approx(5.0, rel=0.02)
     assert sum(fit_to_stages(NAMES, seconds, [wild])[:4]) < 4.5
 
@@ -70,11 +76,23 @@ def test_layers_that_nobody_waits_for_are_no_part_of_a_stage(tiny, runner):
             tiny.denoiser, bare.signature, [pattern], [partition], captured={1: bare.captured(1)}
         )
         outer = next(s for s in distinct_segments([pattern]).values() if s.stages == (1,))
-        return layers_of(cut, outer, {"split": partition})
+        taps = [name for _, name in cut.values_written(outer)]
+        return bare.captured(1).shares(partition.stages[1], taps)
 
-    assert blocks[0] not in live("u1@0(u0~) c1@1(c0~) | cfg")
-    assert blocks[0] in live("c0@0(c1~) c1@1(c0~) | delta")
-    assert blocks[3] in live("u1@0(u0~) c1@1(c0~) | cfg")
+    reused, passed_on = live("u1@0(u0~) c1@1(c0~) | cfg"), live("c0@0(c1~) c1@1(c0~) | delta")
+    assert blocks[0] not in reused
+    assert passed_on[blocks[0]] == reused[blocks[3]] == 1.0
+
+
+def test_of_a_layer_that_only_shares_something_cheap_little_counts():
+    """PixArt's first block prepares the mask for all others: reusing the block's output leaves that, not the block."""
+    built = random_denoiser("pixart-tiny", device="cpu")
+    captured = capture(built.denoiser, (), built.call)
+    names = captured.layers.names
+    first, *_, last = (name for name in names if name.startswith("transformer_blocks"))
+    shares = captured.shares((*names[: names.index(first) + 1], *names[names.index(last):]))
+    assert shares[last] == 1.0
+    assert shares.get(first, 0.0) < 0.1
 
 
 def test_marks_split_the_time_of_one_evaluation(runner):
@@ -157,22 +175,16 @@ def test_partitions_are_solved_for_until_they_stay(tiny, monkeypatch):
     """Stage times that contradict the layers move the cut; the same stages are not timed twice."""
     timed = []
 
-    def fake(runner, inputs, segments, **_):
-        found = []
-        for segment in segments:
-            partition = runner._partitions[segment.partition]
-            names = [name for stage in segment.stages for name in partition.stages[stage]]
-            timed.append((tuple(names), len(segment.branches)))
-            # the later half of the layers takes three times what the layers say
-            order = runner.layers.names
-            seconds = sum(3.0 if order.index(name) >= len(order) // 2 else 1.0 for name in names)
-            found.append(costs_module.StageCost(
-                partition=segment.partition, stages=segment.stages, batch=len(segment.branches),
-                seconds=seconds * len(segment.branches),
-            ))
-        return tuple(found)
+    def fake(self, job):
+        partition = next((p for p in job.partitions if p.name == segment_of(job).partition), None)
+        order = capture(tiny.denoiser, (), tiny.call).layers.names
+        names = order if partition is None else [n for stage in segment_of(job).stages for n in partition.stages[stage]]
+        timed.append((tuple(names), job.batch))
+        # the later half of the layers takes three times what the layers say
+        seconds = sum(3.0 if order.index(name) >= len(order) // 2 else 1.0 for name in names)
+        return lambda: (seconds * job.batch,)
 
-    monkeypatch.setattr("hybridiff_compiler.profiler.settling.measure_segments", fake)
+    monkeypatch.setattr(GraphBuilder, "sampler", fake)
     measured = hc.profile_costs(tiny.denoiser, call=tiny.call, threads=1)
     assert len(timed) == len(set(timed))
     assert measured.costs.timing.rounds > 1
@@ -185,21 +197,52 @@ def test_without_a_denoisers_call_there_is_nothing_to_measure(tiny):
         hc.profile_costs(tiny.denoiser)
 
 
-def test_helpers_build_graphs_and_end(runner):
-    from hybridiff_compiler.planner import candidate_partitions, measured_patterns
-    graph = runner[0].layers
+def jobs_of(graph):
     partitions = candidate_partitions(graph, [1.0] * len(graph.layers), (2,))
     patterns = measured_patterns(partitions, (2,))
-    recipe = Recipe("hybridiff_compiler.quality.denoisers:build_denoiser", {"name": "sd3-tiny", "device": "cpu"})
-    with Helpers(recipe, 1, backend="eager") as helpers:
-        helpers.start(runner[0].signature, partitions, patterns, list(distinct_segments(patterns).values()))
-        helpers.wait()
-        (process,) = helpers._helpers
-        assert process.poll() is None
-    assert process.poll() is not None
+    return {
+        f"job {number}": Job(kind="segment", backend="eager", partitions=partitions, patterns=patterns, segment=number)
+        for number in range(3)
+    } | {"layers": Job(kind="layers", backend="eager")}
 
 
-def test_a_helper_that_fails_is_no_failure(runner):
-    with Helpers(Recipe("hybridiff_compiler.quality.denoisers:nothing"), 1, backend="eager") as helpers:
-        helpers.start(runner[0].signature, (), (), ())
-        helpers.wait()
+def test_processes_build_and_time_graphs_on_shared_weights(tiny, runner):
+    bare, leaves = runner
+    inputs = {"cond": leaves, "uncond": leaves}
+    notes = []
+    timers = ProcessTimers(tiny.denoiser, bare.signature, inputs, count=2, threads=1, on_note=notes.append)
+    try:
+        timers.start(jobs_of(bare.layers))
+        times = timers.finish(2, time.monotonic() + 300, lambda done, total: None)
+        assert set(times) == set(jobs_of(bare.layers)), notes
+        assert len(times["layers"]) == len(bare.layers.names)
+        assert all(isinstance(timing, Timing) and timing.median > 0 for timing in times["job 0"])
+        processes = [process._process for process in timers._processes]
+        assert all(process.poll() is None for process in processes)
+    finally:
+        timers.close()
+    assert all(process.poll() is not None for process in processes)
+
+
+def test_what_a_failing_process_leaves_out_is_missing(tiny, runner):
+    bare, leaves = runner
+    broken = {"job": Job(kind="segment", backend="no such backend", patterns=(Pattern.parse("s", "u0@0 c0@0 | cfg"),))}
+    notes = []
+    timers = ProcessTimers(tiny.denoiser, bare.signature, {"cond": leaves, "uncond": leaves}, count=1,
+                           threads=1, on_note=notes.append)
+    try:
+        timers.start(broken)
+        assert timers.finish(1, time.monotonic() + 300, lambda done, total: None) == {}
+        assert "no such backend" in notes[0]
+    finally:
+        timers.close()
+
+
+def test_when_the_time_is_over_a_profile_says_what_it_lacks(tiny):
+    profile = hc.profile_costs(tiny.denoiser, call=tiny.call, threads=1, max_seconds=0.0)
+    timing = profile.costs.timing
+    assert not profile.costs.stages
+    assert not timing.settled
+    assert any(name.startswith("whole") for name in timing.missing)
+    assert "INCOMPLETE" in "".join(str(line) for line in describe_timing(profile))
+    assert hc.plan(profile, gpus=2, policy="exact").predictions.latency_s > 0
