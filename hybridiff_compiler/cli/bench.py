@@ -29,6 +29,10 @@ def command(
     backend: Annotated[str | None, typer.Option(help="eager or inductor [default: inductor on cuda].")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per rank.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights, embeddings and latents.")] = 0,
+    decode: Annotated[bool, typer.Option(
+        "--decode", help="Time the decode of the VAE instead: as it comes, compiled, and in bands of rows.")] = False,
+    decode_dtype: Annotated[str | None, typer.Option(
+        help="With --decode: float32, float16 or bfloat16 [default: what the pipeline decodes in].")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The results to write (JSON).")] = None,
     json_mode: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -40,6 +44,14 @@ def command(
     check_device(device)
     check_writable(output)
     with opened(json_mode) as out:
+        if decode:
+            from .bench_decode import run_decode_bench
+
+            run_decode_bench(
+                out, models, random_weights=random_weights, pixels=pixels, gpus=gpus, repeats=repeats, device=device,
+                backend=backend, threads=threads, seed=seed, output=output, dtype=decode_dtype,
+            )
+            return
         from ..quality.bench import Bench, bench_results, default_rows
 
         benches = {}

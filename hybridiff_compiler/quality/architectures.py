@@ -11,7 +11,7 @@ import torch
 from ..ir import InputError, UsageError
 from ..runtime.intercept import find_denoiser
 
-__all__ = ["ARCHITECTURES", "SD3_TRANSFORMER", "SDXL_UNET", "RandomModel", "random_model"]
+__all__ = ["ARCHITECTURES", "SD3_TRANSFORMER", "SDXL_UNET", "VAES", "RandomModel", "random_model", "random_vae"]
 
 SDXL_UNET: Mapping[str, Any] = {
     "sample_size": 128,
@@ -35,6 +35,22 @@ SD3_TRANSFORMER: Mapping[str, Any] = {
     "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096,
     "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "pos_embed_max_size": 192,
 }
+
+_VAE: Mapping[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 1024,
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
+VAES: Mapping[str, tuple[Mapping[str, Any], str]] = {
+    "sdxl": (dict(_VAE) | {"latent_channels": 4, "scaling_factor": 0.13025, "force_upcast": True}, "float32"),
+    "sd3": (
+        dict(_VAE) | {
+            "latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609, "use_quant_conv": False,
+            "use_post_quant_conv": False,
+        },
+        "float16",
+    ),
+}
+"""Architecture -> configuration of its AutoencoderKL, and the dtype that its pipeline decodes in on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +94,24 @@ def random_model(name: str, *, device: str, dtype: torch.dtype) -> RandomModel:
     model = ARCHITECTURES[name](device, dtype)
     model.pipe.set_progress_bar_config(disable=True)
     return model
+
+
+def random_vae(name: str, *, device: str, dtype: torch.dtype | None = None) -> torch.nn.Module:
+    """Build the VAE of the architecture `name` with random weights, by default in the dtype that it decodes in.
+
+    Raises:
+        UsageError: unknown name.
+        InputError: the device is not there.
+    """
+    from diffusers import AutoencoderKL
+
+    if name not in VAES:
+        raise UsageError(f"unknown architecture {name!r}; with random weights there are {', '.join(VAES)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("this machine has no CUDA device; pass --device cpu, or run on a machine with one")
+    config, own = VAES[name]
+    default: torch.dtype = getattr(torch, own) if device == "cuda" else torch.float32
+    return _build(lambda: AutoencoderKL(**config), device, dtype or default)
 
 
 def _sdxl(device: str, dtype: torch.dtype) -> RandomModel:

@@ -58,6 +58,11 @@ class BandRunner:
             parcel: Layout(parcel.specs) for phase in program.phases for parcel in (*phase.sends, *phase.receives)
         }
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether results live in memory that the next run overwrites."""
+        return self._recorder is not None
+
     @torch.no_grad()
     def prepare(
         self, latents: tuple[Sequence[int], torch.dtype],
