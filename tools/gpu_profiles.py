@@ -94,8 +94,9 @@ def child(arguments: argparse.Namespace) -> None:
     whole = ", ".join(f"batch {batch} {1e3 * seconds:.2f} ms" for batch, seconds in timing.whole_s.items())
     say(f"done: whole {whole}; layers {timing.method}, sum/whole "
         + ", ".join(f"{ratio:.3f}" for ratio in timing.raw_sum.values())
-        + f", stages off by {timing.stage_residual:.1%}, fitted {timing.fitted_residual:.1%}, rounds {timing.rounds}, "
-        f"settled {timing.settled}" + (f", MISSING {', '.join(timing.missing)}" if timing.missing else ""))
+        + f", stages off by {timing.stage_residual or 0.0:.1%}, fitted {timing.fitted_residual or 0.0:.1%}, rounds "
+        f"{timing.rounds}, settled {timing.settled}"
+        + (f", MISSING {', '.join(timing.missing)}" if timing.missing else ""))
 
 
 def run_all(arguments: argparse.Namespace) -> int:

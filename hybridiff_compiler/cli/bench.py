@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..ir import UsageError
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -28,6 +30,9 @@ def command(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda",
     backend: Annotated[str | None, typer.Option(help="eager or inductor [default: inductor on cuda].")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per rank.")] = None,
+    profile: Annotated[list[Path] | None, typer.Option(
+        help="A profile of one of the MODELs by the same name: use its partitions, print its predictions; repeat for "
+        "more.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights, embeddings and latents.")] = 0,
     decode: Annotated[bool, typer.Option(
         "--decode", help="Time the decode of the VAE instead: as it comes, compiled, and in bands of rows.")] = False,
@@ -52,15 +57,19 @@ def command(
                 backend=backend, threads=threads, seed=seed, output=output, dtype=decode_dtype,
             )
             return
+        from ..ir import Profile
         from ..quality.bench import Bench, bench_results, default_rows
 
+        profiles = {known.model.name: known for known in map(Profile.load, profile or ())}
+        if unknown := set(profiles) - set(models):
+            raise UsageError(f"got a profile of {min(unknown)}, which is not benchmarked; got {', '.join(models)}")
         benches = {}
         with out.progress() as on_progress:
             for model in models:
                 pipe, options = _load(model, random_weights, device, pixels, seed)
                 bench = Bench(
                     pipe, options, name=model, pixels=pixels, steps=steps, gpus=gpus, repeats=repeats, backend=backend,
-                    threads=threads, rows=rows or default_rows(gpus),
+                    threads=threads, rows=rows or default_rows(gpus), profile=profiles.get(model),
                 )
                 with bench.open(on_progress) as measure:
                     benches[model] = tuple(measure())
@@ -98,12 +107,13 @@ def _table(name: str, model: BenchModel, results: BenchResults) -> Table:
 
     weights = ", random weights: latency only" if results.random_weights else ""
     table = plain_table(
-        f"{name} on {results.device}{weights}", "row", "pixels", "steps", "loop s", "vs strong", "vs eager",
-        "overhead", "KiB/step", "peak GiB",
+        f"{name} on {results.device}{weights}", "row", "pixels", "steps", "loop s", "predicted", "vs strong",
+        "vs eager", "overhead", "KiB/step", "peak GiB",
     )
     for row in model.rows:
         table.add_row(
-            row.name, str(row.pixels), str(row.steps), f"{row.loop_s:.3f}", _form(row.speedup_vs_strong, "{:.2f}x"),
+            row.name, str(row.pixels), str(row.steps), f"{row.loop_s:.3f}", _form(row.predicted_s, "{:.3f}"),
+            _form(row.speedup_vs_strong, "{:.2f}x"),
             _form(row.speedup_vs_eager, "{:.2f}x"), _form(row.overhead_fraction, "{:.1%}"),
             _form(None if row.bytes_per_step is None else row.bytes_per_step / 1024, "{:.0f}"),
             _form(row.peak_gib, "{:.1f}"),

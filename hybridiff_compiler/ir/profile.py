@@ -68,7 +68,7 @@ class StageCost(Data):
     """Branches evaluated together."""
     seconds: float = Field(gt=0)
     spread: float = Field(default=0.0, ge=0)
-    """Relative inter-quartile range over the repeats."""
+    """Relative inter-quartile range over the repeats, or the distance between two moments of the session if larger."""
 
 
 class Link(Data):

@@ -122,7 +122,8 @@ def measure_costs(
                 "fitted_residual": stage_distance(graph.names, layers[1].seconds, stages),
             }
         candidate = tables(graph, layers[1].seconds)
-        settled = bool(stages) and _unmoved(graph, layers[1].seconds, best[0], candidate[0])
+        complete = all(key in known for key in keys.values())
+        settled = complete and _unmoved(graph, layers[1].seconds, best[0], candidate[0])
         if settled or session.late:
             break
     missing = [f"{s.partition} {','.join(map(str, s.stages))} x{key[1]}" for s, key in keys.items() if key not in known]

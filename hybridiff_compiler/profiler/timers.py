@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Protocol
 
@@ -44,6 +45,7 @@ Timings = dict[Hashable, tuple[Timing, ...]]
 _QUIET_S = 0.3
 """After which what a stopped process had queued on a GPU has run out."""
 _TAIL_BYTES = 2000
+_FIRST_SAMPLES = 3
 
 
 class Timers(Protocol):
@@ -112,7 +114,9 @@ class LocalTimers:
                 samplers[key] = self._builder.sampler(job)
         on_progress(len(jobs), len(jobs))
         self._builder.forget()
-        return _in_turns(samplers, rounds, self.undisturbed, on_progress)
+        first = _in_turns(samplers, _FIRST_SAMPLES, self.undisturbed, on_progress)
+        times = _in_turns(samplers, rounds, self.undisturbed, on_progress)
+        return {key: _with_drift(timings, first[key]) for key, timings in times.items()}
 
     def undisturbed(self) -> AbstractContextManager[object]:
         """See `Timers`."""
@@ -125,7 +129,7 @@ class LocalTimers:
 class ProcessTimers:
     """Builds graphs in several processes; close it when done.
 
-    A process that fails leaves its graphs out; they are then missing from what `finish` returns.
+    What a process failed at is built by the caller's own process then.
     """
 
     ahead = True
@@ -150,6 +154,8 @@ class ProcessTimers:
         self._turn = threading.RLock()
         self._changed = threading.Condition()
         self._queue: list[tuple[Hashable, Job]] = []
+        self._jobs: dict[Hashable, Job] = {}
+        self._local = LocalTimers(GraphBuilder(denoiser, signature, inputs), self.undisturbed)
         self._open: set[Hashable] = set()
         """Started, neither built nor failed."""
         self._place: dict[Hashable, _Process] = {}
@@ -178,6 +184,7 @@ class ProcessTimers:
         """See `Timers`; the first ones first."""
         with self._changed:
             self._queue += jobs.items()
+            self._jobs.update(jobs)
             self._open |= set(jobs)
             self._batch += jobs
             self._changed.notify_all()
@@ -201,7 +208,15 @@ class ProcessTimers:
         except OSError as error:
             self._note(f"a process ended while it took times: {error}")
             times = {}
-        return {key: self._first[key] for key in wanted if key in self._first} | times
+        times = {key: self._first[key] for key in wanted if key in self._first and key not in times} | {
+            key: _with_drift(timings, self._first[key]) for key, timings in times.items()
+        }
+        failed = {key: self._jobs[key] for key in wanted if key not in times}
+        if failed and time.monotonic() < deadline:
+            self._note(f"built here: {', '.join(map(str, failed))}")
+            self._local.start(failed)
+            times |= self._local.finish(rounds, deadline, on_progress)
+        return times
 
     @contextlib.contextmanager
     def undisturbed(self, at_work: Sequence[Any] | set[Any] = ()) -> Iterator[None]:
@@ -254,7 +269,8 @@ class ProcessTimers:
                 process.ask({"do": "build", "key": repr(key), "job": job.model_dump(mode="json")})
                 took = time.monotonic() - began
                 with self.undisturbed({process}):
-                    samples = [process.ask({"do": "sample", "key": repr(key)})["seconds"] for _ in range(3)]
+                    sampler = _remote(process, key)
+                    samples = [sampler() for _ in range(_FIRST_SAMPLES)]
                 with self._changed:
                     self._first[key] = tuple(summary(list(column)) for column in zip(*samples))
                     self._place[key] = process
@@ -330,6 +346,14 @@ class _Process:
         size = os.fstat(self._log.fileno()).st_size
         data = os.pread(self._log.fileno(), _TAIL_BYTES, max(0, size - _TAIL_BYTES))
         return data.decode(errors="replace").strip()
+
+
+def _with_drift(timings: Sequence[Timing], first: Sequence[Timing]) -> tuple[Timing, ...]:
+    """Timings whose spread covers the distance to those taken at another moment, too."""
+    return tuple(
+        replace(timing, spread=max(timing.spread, abs(before.median / timing.median - 1) if timing.median else 0.0))
+        for timing, before in zip(timings, first)
+    )
 
 
 def share_tensors(tensors: Sequence[Tensor]) -> bytes:

@@ -14,16 +14,20 @@ from ..ir import (
     AdaptiveSchedule,
     CallSignature,
     FixedSchedule,
+    InputError,
     LayerGraph,
     ModelInfo,
     Partition,
     Pattern,
     Plan,
+    PlanMismatchError,
+    Profile,
     RankSpec,
     Schedule,
     UsageError,
 )
 from ..ir.versions import installed_versions
+from ..planner.cost import CostModel
 from ..planner.partition import candidate_partitions
 from ..planner.patterns import generate_patterns
 from ..planner.policy import paper_schedule
@@ -36,7 +40,7 @@ from ..runtime.parallelize import ParallelPipeline
 from ..runtime.segments import capture_branch
 from .measure import loop_timed
 
-__all__ = ["MANY_ROWS", "ROWS", "Bench", "bench_results", "default_rows"]
+__all__ = ["MANY_ROWS", "ROWS", "Bench", "bench_results", "default_rows", "predicted_seconds"]
 
 ROWS = ("single-eager", "single-compiled", "branch", "paper", "planned-quarter", "planned-reuse")
 """What is measured on two ranks, in order; on more, these rows use two of them."""
@@ -71,6 +75,7 @@ class Bench:
     def __init__(
         self, pipe: Any, options: Mapping[str, Any], *, name: str, pixels: int, steps: int = 50, gpus: int = 2,
         rows: Sequence[str] = ROWS, repeats: int = 3, backend: str | None = None, threads: int | None = None,
+        profile: Profile | None = None,
     ) -> None:
         """
         Args:
@@ -83,6 +88,8 @@ class Bench:
             rows: which of `ROWS`, and of `MANY_ROWS` with more than two ranks.
             repeats: timed generations per row, after one that warms up.
             backend, threads: see `parallelize`.
+            profile: of the same denoiser; then its partitions are used instead of ones that balance arithmetic, and
+                rows come with the latency that it predicts.
 
         Raises:
             UsageError: an unknown row, or one that needs more ranks.
@@ -98,7 +105,7 @@ class Bench:
         self._pipe, self._options, self._name, self._pixels = pipe, options, name, pixels
         self._steps, self._gpus, self._repeats = steps, gpus, repeats
         self._rows = [row for row in known if row in rows]
-        self._backend, self._threads = backend, threads
+        self._backend, self._threads, self._profile = backend, threads, profile
         self._denoiser = find_denoiser(pipe)[1]
         self._device = next(self._denoiser.parameters()).device
 
@@ -149,6 +156,9 @@ class Bench:
                 speedup_vs_strong=None if strong is None or name == "single-eager" else strong / loop_s,
                 overhead_fraction=loop_s / ideal_s - 1 if ideal_s else None,
                 stage_s=stages or None,
+                predicted_s=None if name == "single-eager" or self._profile is None else predicted_seconds(
+                    self._profile, patterns
+                ),
                 bytes_per_step=None if name == "single-eager" else round(moved), pixels=self._pixels,
                 peak_gib=self._peak_gib(parallel),
             )
@@ -176,9 +186,16 @@ class Bench:
                 f"{self._name}: no denoiser call with batched guidance was seen; set a guidance scale above 1"
             )
         layers = capture_branch(self._denoiser, recorder.signature).layers
-        partitions = candidate_partitions(
-            layers, [layer.flops + 1.0 for layer in layers.layers], max(2, self._gpus)
-        )
+        if self._profile is None:
+            partitions = candidate_partitions(
+                layers, [layer.flops + 1.0 for layer in layers.layers], max(2, self._gpus)
+            )
+        else:
+            if self._profile.model.fingerprint != layers.fingerprint():
+                raise PlanMismatchError(
+                    f"the profile is of another denoiser or size than {self._name} here; profile this one"
+                )
+            partitions = self._profile.partitions
         known = {pattern.name: pattern for pattern in generate_patterns(partitions, 2)}
         if self._gpus > 2:
             known |= {pattern.name: pattern for pattern in _pipes(partitions, self._gpus)}
@@ -231,6 +248,20 @@ class Bench:
             parameter_bytes=sum(p.numel() * p.element_size() for p in self._denoiser.parameters()),
             dtype=str(parameter.dtype).removeprefix("torch."), signature=signature,
         )
+
+
+def predicted_seconds(profile: Profile, patterns: Mapping[str, int]) -> float:
+    """What a profile predicts for a denoising loop of these steps, by pattern name.
+
+    Raises:
+        InputError: its partitions have no such pattern, or costs for it were not measured.
+    """
+    known = {p.name: p for p in (*generate_patterns(profile.partitions, 2), *profile.patterns)}
+    missing = [name for name in patterns if name not in known]
+    if missing:
+        raise InputError(f"the profile's partitions have no pattern {missing[0]!r}; it knows {', '.join(known)}")
+    model = CostModel(profile)
+    return sum(count * model.step(known[name]).latency_s for name, count in patterns.items())
 
 
 def default_rows(gpus: int) -> tuple[str, ...]:

@@ -55,6 +55,8 @@ class BenchRow(Row):
     """How much longer the loop takes than the stage graphs of the slowest rank of every step, one after the other."""
     stage_s: dict[str, float] | None = None
     """Time of the slowest rank's stage graphs in one step, by pattern."""
+    predicted_s: float | None = None
+    """What the profile that the run was given predicts for the loop."""
     bytes_per_step: int | None = None
     """Sent and received by rank 0."""
     peak_gib: float | None = None

@@ -1,5 +1,6 @@
 """Layer times in place, the fit to stages, and the loop between stages and partitions."""
 
+import sys
 import time
 
 import numpy as np
@@ -224,18 +225,24 @@ def test_processes_build_and_time_graphs_on_shared_weights(tiny, runner):
     assert all(process.poll() is not None for process in processes)
 
 
-def test_what_a_failing_process_leaves_out_is_missing(tiny, runner):
+def test_what_a_process_failed_at_is_built_here(tiny, runner):
+    """The process cannot import what the denoiser consists of, this one can."""
     bare, leaves = runner
-    broken = {"job": Job(kind="segment", backend="no such backend", patterns=(Pattern.parse("s", "u0@0 c0@0 | cfg"),))}
+    tiny.denoiser.note = type("Unknown", (), {"__module__": __name__})
+    sys.modules[__name__].Unknown = tiny.denoiser.note
     notes = []
     timers = ProcessTimers(tiny.denoiser, bare.signature, {"cond": leaves, "uncond": leaves}, count=1,
                            threads=1, on_note=notes.append)
     try:
-        timers.start(broken)
-        assert timers.finish(1, time.monotonic() + 300, lambda done, total: None) == {}
-        assert "no such backend" in notes[0]
+        timers.start(jobs_of(bare.layers))
+        times = timers.finish(1, time.monotonic() + 300, lambda done, total: None)
+        assert set(times) == set(jobs_of(bare.layers))
+        assert "failed" in notes[0]
+        timers.start(jobs_of(bare.layers))
+        assert timers.finish(1, time.monotonic(), lambda done, total: None) == {}
     finally:
         timers.close()
+        del tiny.denoiser.note
 
 
 def test_when_the_time_is_over_a_profile_says_what_it_lacks(tiny):
