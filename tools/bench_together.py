@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--build-limit", type=float, default=600.0, help="seconds after which no model is waited for")
     parser.add_argument("--wait-for", type=Path, help="measure only once this file exists")
+    parser.add_argument("--profiles", type=Path, help="folder of NAME.json: use their partitions and predictions")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -38,6 +39,7 @@ def _take_turns(arguments: argparse.Namespace) -> None:
     begin = time.monotonic()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     common = [f"--pixels={arguments.pixels}", f"--steps={arguments.steps}", f"--device={arguments.device}", "--child"]
+    common += [] if arguments.profiles is None else [f"--profiles={arguments.profiles}"]
     waiting = {
         model: subprocess.Popen([sys.executable, __file__, str(arguments.folder), model, *common])
         for model in arguments.models
@@ -61,6 +63,7 @@ def _take_turns(arguments: argparse.Namespace) -> None:
 def _measure(arguments: argparse.Namespace) -> None:
     import torch
 
+    from hybridiff_compiler.ir import Profile
     from hybridiff_compiler.quality.architectures import random_model
     from hybridiff_compiler.quality.bench import ROWS, Bench, bench_results
 
@@ -85,6 +88,7 @@ def _measure(arguments: argparse.Namespace) -> None:
     bench = Bench(
         built.pipe, built.options(arguments.pixels, 0), name=name, pixels=arguments.pixels, steps=arguments.steps,
         rows=chosen.split(",") if chosen else ROWS, backend=backend or None,
+        profile=None if arguments.profiles is None else Profile.load(arguments.profiles / f"{name}.json"),
     )
     rows = []
     with bench.open(on_progress) as measure:
