@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ..ir import Branch, CallSignature, Plan, PlanMismatchError
+from .decode_ranks import DecodeRank
 from .estimates import EstimateMemory
 from .executor import RankExecutors
 from .intercept import GuidedCall
 from .memory import peak_bytes
-from .orders import MAX_MISSED, REPORTING, TIMING, TRACING, Order, OrderOutbox
+from .orders import DECODING, MAX_MISSED, REPORTING, TIMING, TRACING, Order, OrderOutbox
 from .processes import REPORTED, RESIZED, TIMED, TRACED, Pool
 from .schedule_state import ScheduleState
 from .segments import batch_factor, scale_signature
@@ -169,6 +170,31 @@ class Driver:
         except BaseException as error:
             self._fail(error, "the start of a generation")
         return True
+
+    @property
+    def is_bypassed(self) -> bool:
+        """Whether the pipeline runs as if there were no plan."""
+        return self._bypass
+
+    def decode(self, rank: DecodeRank, latents: Tensor) -> Tensor:
+        """The image of `latents` from all ranks, of which `rank` is this one's part.
+
+        Raises:
+            WorkerError: see `step`.
+        """
+        try:
+            if self._watch is not None:
+                self._watch.check()
+            for worker in range(1, rank.ranks):
+                assert self._outbox is not None
+                self._outbox.send(worker, Order(self._generation, DECODING, None, None), ())
+            image = rank.decode(latents, self._transport)
+            if self._watch is not None:
+                self._watch.mark()
+                self._watch.finish()  # the image of a worker that failed must not be looked at
+        except BaseException as error:
+            self._fail(error, "the decoding of an image")
+        return image
 
     def settle(self) -> None:
         """Wait until the steps so far have been computed, where a failing worker is noticed.

@@ -19,8 +19,8 @@ from ..ir import BRANCHES, Branch, CallSignature
 from .transport import Channel, Incoming, Layout, Transport, allocate
 
 __all__ = [
-    "MAX_MISSED", "REPORTING", "RESIZING", "TIMING", "TRACING", "Leaf", "Order", "OrderInbox", "OrderOutbox",
-    "leaf_slots",
+    "DECODING", "MAX_MISSED", "REPORTING", "RESIZING", "TIMING", "TRACING", "Leaf", "Order", "OrderInbox",
+    "OrderOutbox", "leaf_slots",
 ]
 
 Leaf = tuple[Branch, str]
@@ -38,6 +38,9 @@ receive that waits already; all later ones are in the new format."""
 
 REPORTING = -4
 """Step number of an order to report the peak of this rank's memory; `following` numbers the answer."""
+
+DECODING = -5
+"""Step number of an order to compute this rank's band of an image, whose latents follow."""
 
 MAX_MISSED = 64
 """Steps that one order can tell a worker to catch up with."""

@@ -7,8 +7,9 @@ import json
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 from ..ir import InputError, Plan, PlanMismatchError, UsageError
 from .connect import connect
+from .decode_ranks import DecodeRank
+from .decode_route import DecodeMode, choose_decoding, faster, routed
 from .driver import Driver
 from .executor import RankExecutors, graphs_for
 from .handover import pack_skeleton, raw_bytes
@@ -49,6 +52,7 @@ def parallelize(
     threads: int | None = None,
     backend: str | None = None,
     batch_sizes: Sequence[int] = (1,),
+    decode: DecodeMode = "pipeline",
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> ParallelPipeline:
     """Start the workers of `plan` and route the denoiser calls of `pipe` through it, until closed.
@@ -71,6 +75,8 @@ def parallelize(
         backend: see `hybridiff_compiler.backends`; default: eager on CPUs, inductor on GPUs, where the graphs are
             always replayed as CUDA graphs.
         batch_sizes: numbers of images per call to have graphs ready for; others are built when they first occur.
+        decode: who decodes images, see `decode_route.MODES`: `pipeline` (as it comes), `driver` (one compiled graph),
+            `rows` (all ranks, a band each; equal up to rounding), or `auto` (on GPUs what is fastest when measured).
         on_progress: called with (what, done, total) while graphs are built, which can take minutes.
 
     Raises:
@@ -86,7 +92,7 @@ def parallelize(
         serve_rank(plan, rank)
     return ParallelPipeline(
         pipe, plan, devices=devices, timeout_s=timeout_s, threads=threads, backend=backend, batch_sizes=batch_sizes,
-        on_progress=on_progress,
+        decode=decode, on_progress=on_progress,
     )
 
 
@@ -96,7 +102,7 @@ class ParallelPipeline:
     def __init__(
         self, pipe: Any, plan: Plan, *, devices: Sequence[str | torch.device] | None, timeout_s: float,
         threads: int | None, backend: str | None = None, batch_sizes: Sequence[int] = (1,),
-        on_progress: Callable[[str, int, int], None] | None = None,
+        decode: DecodeMode = "pipeline", on_progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         if timeout_s <= 0:
             raise UsageError(f"timeout_s must be positive, got {timeout_s}")
@@ -110,6 +116,8 @@ class ParallelPipeline:
         self._devices = assign_devices(plan, denoiser, devices)
         if is_intercepted(denoiser):
             raise UsageError("this pipeline runs by a plan already; close that first, or give it another plan by use()")
+        self._decoding = choose_decoding(pipe, plan, decode, self._devices[0])
+        self._decode_seconds: dict[str, float] = {}
         self.plan = plan
         self._resources = contextlib.ExitStack()
         # Closes at the latest when the interpreter exits; refers to the resources only, not to this object.
@@ -142,6 +150,11 @@ class ParallelPipeline:
     def executed(self) -> tuple[str, ...]:
         """Pattern names of the present or last generation's steps so far."""
         return tuple(self._driver.executed)
+
+    @property
+    def decode_seconds(self) -> dict[str, float]:
+        """With `decode="auto"` what one image took to decode, by `driver` and by `rows`; else empty."""
+        return dict(self._decode_seconds)
 
     def use(self, plan: Plan) -> None:
         """Follow `plan` from the next generation on, with the workers and graphs at hand (takes no time).
@@ -216,7 +229,10 @@ class ParallelPipeline:
         # A bundle is looked at first, since that takes no time; a capture while the workers import what they need.
         captured = graphs_for(plan, denoiser, backend) if is_bundle(backend) or plan.world_size == 1 else None
         if plan.world_size > 1:
-            skeleton, tensors = pack_skeleton(denoiser)
+            shared = self._decoding if self._decoding is not None and self._decoding.on_all_ranks else None
+            skeleton, tensors = pack_skeleton(
+                denoiser if shared is None else nn.ModuleList([denoiser, shared.decoder])
+            )
             if own_rank() is not None:
                 store = rendezvous(plan)
                 self._pool = TorchrunPool(store, plan.world_size)
@@ -234,6 +250,7 @@ class ParallelPipeline:
         report = on_progress or (lambda what, done, total: None)
         for images in self._batch_sizes:
             executors.at(images).prepare(lambda done, total: report("building stage graphs", done, total))
+        parts = self._decode_parts(backend, report)
         if self._pool is not None:
             self._pool.wait_for(READY, timeout_s=_START_TIMEOUT_S)
         watch = None
@@ -246,6 +263,32 @@ class ParallelPipeline:
         )
         settle = None if watch is None else self._driver.settle
         self._resources.enter_context(intercept(pipe, self._driver, settle=settle))
+        self._route_decodes(parts)
+
+    def _decode_parts(self, backend: str, report: Callable[[str, int, int], None]) -> dict[str, DecodeRank]:
+        """Rank 0's part of every way to decode that may be used, ready to run."""
+        decoding, parts = self._decoding, {}
+        if decoding is not None:
+            worlds = {"driver": 1, "rows": self.plan.world_size}
+            for way in worlds if decoding.mode == "auto" else [decoding.mode]:
+                parts[way] = part = DecodeRank(
+                    decoding.decoder, decoding.call, rank=0, ranks=worlds[way], device=self._devices[0],
+                    backend=_decode_backend(backend),
+                )
+                part.prepare(lambda done, total: report("building graphs of the decoder", done, total))
+        return parts
+
+    def _route_decodes(self, parts: Mapping[str, DecodeRank]) -> None:
+        decoding, driver = self._decoding, self._driver
+        if decoding is None:
+            return
+        ways = {way: partial(driver.decode, part) for way, part in parts.items()}
+        way = next(iter(ways))
+        if len(ways) > 1:
+            call = decoding.call
+            latents = torch.zeros(call.shape, dtype=call.torch_dtype, device=self._devices[0])
+            way, self._decode_seconds = faster(ways, latents)
+        self._resources.enter_context(routed(decoding, ways[way], lambda: driver.is_bypassed))
 
     def _hand_over(
         self, store: dist.Store, address: dict[str, Any], skeleton: bytes, tensors: list[Tensor], timeout_s: float,
@@ -257,7 +300,8 @@ class ParallelPipeline:
         start = {
             "plan": plan.model_dump_json(), "backend": backend,
             "settings": NumericSettings.current().to_json(), "devices": [str(device) for device in self._devices],
-            "batch_sizes": self._batch_sizes,
+            "batch_sizes": self._batch_sizes, "decode_backend": _decode_backend(backend),
+            "decode": None if self._decoding is None else self._decoding.call.to_json(),
         } | address
         for rank in range(1, plan.world_size):
             pool.send_frame(rank, json.dumps(start).encode())
@@ -271,6 +315,11 @@ class ParallelPipeline:
             transport.broadcast([raw_bytes(tensor) for tensor in tensors if tensor.numel()])
         except (PeerError, RuntimeError) as error:
             raise pool.failure("starting", suspect=getattr(error, "peer", None)) from error
+
+
+def _decode_backend(backend: str) -> str:
+    """Bundles hold no decoder; what is not compiled ahead is run as it is (as CUDA graphs on GPUs)."""
+    return "eager" if is_bundle(backend) else backend
 
 
 def _threads_per_rank(world_size: int) -> int:

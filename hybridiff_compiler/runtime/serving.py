@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from ..ir import Plan
 from .connect import connect
+from .decode_ranks import DecodeCall, DecodeRank
 from .executor import RankExecutor, RankExecutors, graphs_for
 from .handover import raw_bytes, unpack_skeleton
 from .memory import peak_bytes
-from .orders import REPORTING, RESIZING, TIMING, TRACING, Order, OrderInbox
+from .orders import DECODING, REPORTING, RESIZING, TIMING, TRACING, Order, OrderInbox
 from .processes import JOINED, READY, REPORTED, RESIZED, TIMED, TRACED
 from .segments import scale_signature
 from .trace import RankTrace
@@ -54,7 +56,8 @@ class Server:
         plan, store, rank = self._plan, self._store, self._rank
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-        denoiser, tensors = unpack_skeleton(self._skeleton, self._device)
+        handed, tensors = unpack_skeleton(self._skeleton, self._device)
+        denoiser, decoder = handed if isinstance(handed, nn.ModuleList) else (handed, None)
         store.set(f"{JOINED}/{rank}", "")
         transport = connect(
             store, rank, plan.world_size, timeout_s=None, device=self._device, one_host=self._start["one_host"]
@@ -66,6 +69,7 @@ class Server:
         )
         for images in self._start["batch_sizes"]:
             executors.at(images).prepare()
+        decoding = None if decoder is None else self._decode_rank(decoder)
         inbox = OrderInbox(transport, plan.model.signature)
         executor = executors.at(1)
         store.set(f"{READY}/{rank}", "")
@@ -81,11 +85,23 @@ class Server:
                 self._follow_trace(order)
             elif order.step == REPORTING:
                 store.set(f"{REPORTED}/{order.following}/{rank}", str(peak_bytes(self._device)))
+            elif order.step == DECODING and decoding is not None:
+                self.step = None
+                decoding.serve(transport)
             elif order.step == TIMING and order.pattern is not None:
                 seconds = executor.stage_seconds(self._names[order.pattern])
                 store.set(f"{TIMED}/{order.following}/{rank}", str(seconds))
             else:
                 self._follow(order, executor, inbox)
+
+    def _decode_rank(self, decoder: nn.Module) -> DecodeRank:
+        """This rank's part of decodes, ready to run."""
+        part = DecodeRank(
+            decoder, DecodeCall.parse(self._start["decode"]), rank=self._rank, ranks=self._plan.world_size,
+            device=self._device, backend=self._start["decode_backend"],
+        )
+        part.prepare()
+        return part
 
     def _follow(self, order: Order, executor: RankExecutor, inbox: OrderInbox) -> None:
         self.step = order.step
