@@ -264,6 +264,8 @@ class _Lowering:
             if 0 <= peer < len(self._bounds):
                 first = 0 if peer < self._rank else size - halo
                 edge = self._emit(_aten.slice.Tensor, own, rows.dim, first, first + halo)
+                # A copy, so that what is kept for sending does not keep the memory of the whole band.
+                edge = self._emit(_aten.clone.default, edge, memory_format=torch.contiguous_format)
                 arrived = self._in_layout(self._swap(own, peer, edge, tuple(edge.meta["val"].shape)))
                 parts = [arrived, *parts] if peer < self._rank else [*parts, arrived]
         return self._emit(_aten.cat.default, parts, rows.dim)

@@ -45,7 +45,10 @@ def test_channels_last_changes_nothing_but_memory() -> None:
     torch.testing.assert_close(
         in_bands(graph, latents, 2, channels_last=True), whole(vae, latents), rtol=1e-4, atol=3e-5)
     program = band_program(graph, 0, 2, channels_last=True)
-    clones = [n for p in program.phases for n in p.module.graph.nodes if n.target is torch.ops.aten.clone.default]
+    clones = [
+        n for p in program.phases for n in p.module.graph.nodes
+        if n.target is torch.ops.aten.clone.default and n.kwargs["memory_format"] is torch.channels_last
+    ]
     halos = [s for p in program.phases for parcel in p.receives for s, _ in parcel.specs if len(s) == 4 and s[2] == 1]
     assert len(clones) == 1 + len(halos)
 
