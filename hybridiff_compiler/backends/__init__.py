@@ -14,13 +14,16 @@ from ..capture import StageGraph
 from ..ir import UsageError
 from . import eager, inductor
 
-__all__ = ["BACKENDS", "compile_stage"]
+__all__ = ["BACKENDS", "LAZY", "compile_stage"]
 
 BACKENDS: dict[str, Callable[[StageGraph], Callable[..., Sequence[Tensor]]]] = {
     "eager": eager.compile_stage,
     "inductor": inductor.compile_stage,
 }
 """Name -> compiler of one stage graph."""
+
+LAZY = frozenset({"inductor"})
+"""Backends whose executables are compiled by their first call, and found in a cache on disk by later processes."""
 
 
 def compile_stage(stage: StageGraph, backend: str) -> Callable[..., Sequence[Tensor]]:

@@ -38,6 +38,7 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool: Any = None
+        self._stream: Any = None  # one for all graphs: libraries keep a workspace per stream
 
     def __call__(
         self, call: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]
@@ -46,7 +47,8 @@ class CudaRecorder:
         with torch.cuda.device(self._device), torch.no_grad():
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            stream = torch.cuda.Stream(self._device)
+                self._stream = torch.cuda.Stream(self._device)
+            stream = self._stream
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(_WARM_UP_CALLS):

@@ -27,9 +27,9 @@ import torch
 import torch.distributed as dist
 
 from ..runtime.connect import connect
-from ..runtime.processes import FAILED, read_frame
+from ..runtime.processes import FAILED, die_with, read_frame
 from ..runtime.transport import Channel, Layout, PeerError, Transport
-from ..runtime.worker import die_with, exit_at_end_of_input
+from ..runtime.worker import exit_at_end_of_input
 from .links import DONE, TOKEN_BYTES
 
 __all__ = ["main"]

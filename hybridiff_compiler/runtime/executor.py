@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..backends.cuda_graph import Recorder, recorder_for
 from ..capture import CapturedDenoiser
-from ..ir import Branch, Plan, PlanMismatchError
+from ..ir import Branch, Plan, PlanMismatchError, Segment
 from .exchange import Exchange, Flow, Message, Slot
 from .segments import SegmentRunner, capture_branch, is_bundle, scale_signature, stored_graphs
 from .transport import Channel, Incoming, Layout, Transport
@@ -91,10 +91,15 @@ class RankExecutor:
         """The static part of pattern `name`."""
         return self._exchange.flows[name]
 
+    @property
+    def segments(self) -> list[Segment]:
+        """One segment of every graph of this rank, always in the same order."""
+        launched = [launch.segment for flow in self._exchange.flows.values() for launch in flow.on(self.rank)]
+        return list({(s.partition, s.stages, len(s.branches)): s for s in launched}.values())
+
     def prepare(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Build every graph of this rank now."""
-        flows = self._exchange.flows.values()
-        self.runner.prepare((launch.segment for flow in flows for launch in flow.on(self.rank)), on_progress)
+        self.runner.prepare(self.segments, on_progress)
 
     def stage_seconds(self, name: str) -> float:
         """Time of this rank's graphs of pattern `name` alone: no transfers, nothing else of a step."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copyreg
 import io
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..ir import InputError
 
-__all__ = ["pack_skeleton", "raw_bytes", "unpack_skeleton"]
+__all__ = ["pack_skeleton", "raw_bytes", "scramble", "unpack_skeleton"]
 
 _INSTANCE_STATE = ("forward", "_compiled_call_impl", "_diffusers_hook", "_hf_hook", "_old_forward")
 """Attributes through which hooks replace a module's forward; capture ignores them, and they rarely pickle."""
@@ -67,6 +67,18 @@ def raw_bytes(tensor: Tensor) -> Tensor:
     if _is_dense(tensor):
         return torch.as_strided(tensor, (tensor.numel(),), (1,)).view(torch.uint8)
     return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+@torch.no_grad()
+def scramble(tensors: Iterable[Tensor]) -> None:
+    """Fill tensors with values that no compiler can make anything of."""
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            tensor.normal_()
+        elif tensor.dtype == torch.bool:
+            tensor.copy_(torch.arange(tensor.numel(), device=tensor.device).reshape(tensor.shape) % 2 == 1)
+        elif not tensor.is_complex():
+            tensor.random_(0, 2)
 
 
 class _Pickler(pickle.Pickler):

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..ir import InputError, Plan, PlanMismatchError, UsageError
+from .building import RankBuild
 from .connect import connect
 from .decode_ranks import DecodeRank
 from .decode_route import DecodeMode, choose_decoding, faster, routed
@@ -30,7 +31,7 @@ from .nccl import ENVIRONMENT, NcclTransport
 from .processes import JOINED, READY, Pool, WorkerPool, open_store
 from .segments import is_bundle
 from .settings import NumericSettings
-from .torchrun import TorchrunPool, is_one_host, own_device, own_rank, rendezvous, serve_rank
+from .torchrun import TorchrunPool, is_one_host, neighbour_count, own_device, own_rank, rendezvous, serve_rank
 from .transport import PeerError, Transport
 from .watch import DeviceWatch
 
@@ -228,6 +229,7 @@ class ParallelPipeline:
         plan = self.plan
         # A bundle is looked at first, since that takes no time; a capture while the workers import what they need.
         captured = graphs_for(plan, denoiser, backend) if is_bundle(backend) or plan.world_size == 1 else None
+        neighbours = 1
         if plan.world_size > 1:
             shared = self._decoding if self._decoding is not None and self._decoding.on_all_ranks else None
             skeleton, tensors = pack_skeleton(
@@ -236,20 +238,25 @@ class ParallelPipeline:
             if own_rank() is not None:
                 store = rendezvous(plan)
                 self._pool = TorchrunPool(store, plan.world_size)
-                address: dict[str, Any] = {"one_host": is_one_host()}
+                neighbours = neighbour_count()
+                address: dict[str, Any] = {"one_host": is_one_host(), "neighbours": neighbours}
             else:
                 served = store = open_store()
                 environment = ENVIRONMENT if self._devices[0].type == "cuda" else {}
                 self._pool = WorkerPool(plan.world_size, store, threads=threads, environment=environment)
-                address = {"one_host": True, "host": "127.0.0.1", "port": served.port}
+                neighbours = plan.world_size
+                address = {"one_host": True, "neighbours": neighbours, "host": "127.0.0.1", "port": served.port}
             self._resources.callback(self._pool.close)
             captured = captured or graphs_for(plan, denoiser, backend)
             self._hand_over(store, address, skeleton, tensors, timeout_s, backend)
         assert captured is not None
         executors = RankExecutors(plan, denoiser, captured, rank=0, transport=self._transport, backend=backend)
         report = on_progress or (lambda what, done, total: None)
-        for images in self._batch_sizes:
-            executors.at(images).prepare(lambda done, total: report("building stage graphs", done, total))
+        building = RankBuild(
+            plan, denoiser, executors, self._batch_sizes, rank=0, backend=backend, neighbours=neighbours
+        )
+        helpers = f" in {building.helpers + 1} processes" if building.helpers else ""
+        building.run(lambda done, total: report(f"building stage graphs{helpers}", done, total))
         parts = self._decode_parts(backend, report)
         if self._pool is not None:
             self._pool.wait_for(READY, timeout_s=_START_TIMEOUT_S)

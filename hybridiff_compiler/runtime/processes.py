@@ -8,6 +8,7 @@ alone.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -28,8 +29,8 @@ import torch.distributed as dist
 from ..ir import WorkerError
 
 __all__ = [
-    "FAILED", "JOINED", "READY", "REPORTED", "RESIZED", "TIMED", "TRACED", "Pool", "WorkerPool", "open_store",
-    "read_frame", "write_frame",
+    "FAILED", "JOINED", "READY", "REPORTED", "RESIZED", "TIMED", "TRACED", "Pool", "WorkerPool", "die_with",
+    "open_store", "read_frame", "write_frame",
 ]
 
 class Pool(Protocol):
@@ -67,6 +68,7 @@ JOINED, READY, FAILED, RESIZED = "joined", "ready", "failed", "resized"
 TIMED, TRACED, REPORTED = "timed", "traced", "reported"
 """Keys, followed by `/rank`, that workers set in the store."""
 
+_PR_SET_PDEATHSIG = 1
 _FRAME = struct.Struct("<q")
 _GRACE_S = 2.0
 _STACK_S = 0.5
@@ -102,6 +104,15 @@ def write_frame(stream: Any, data: bytes) -> None:
         view = memoryview(part)
         while view:
             view = view[stream.write(view):]
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent dies, where it can (Linux)."""
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the call
+        os._exit(0)
 
 
 def _read_exactly(descriptor: int, length: int) -> bytes:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..backends import compile_stage
+from ..backends import LAZY, compile_stage
 from ..backends.cuda_graph import Recorder, Replay, seconds_per_call
 from ..capture import CapturedDenoiser, StageGraph, capture, unflatten_call
 from ..ir import WHOLE, Branch, CallSignature, Partition, Pattern, PlanMismatchError, Read, Segment, lower
@@ -210,7 +210,10 @@ class SegmentRunner:
         distinct = list({(s.partition, s.stages, len(s.branches)): s for s in segments}.values())
         for done, segment in enumerate(distinct):
             on_progress(done, len(distinct))
-            self._graph(segment)
+            graph = self._graph(segment)
+            if self._recorder is None and self._backend in LAZY:
+                with torch.no_grad():
+                    graph.call(*self._examples(graph))
         on_progress(len(distinct), len(distinct))
 
     def run(
@@ -250,13 +253,12 @@ class SegmentRunner:
     def seconds(self, segment: Segment, repeats: int = 20) -> float:
         """Time of one evaluation of a segment's bare graph, as it runs here: device time on CUDA, else wall time."""
         graph = self._graph(segment)
-        run: Callable[[], object]
-        if isinstance(graph.call, Replay):
-            run = graph.call.replay
-        else:
-            arguments = [torch.ones(shape, dtype=dtype, device=self._device) for shape, dtype in graph.specs]
-            run = partial(graph.call, *arguments)
+        call = graph.call
+        run = call.replay if isinstance(call, Replay) else partial(call, *self._examples(graph))
         return seconds_per_call(run, self._device, repeats)
+
+    def _examples(self, graph: _Graph) -> list[Tensor]:
+        return [torch.ones(shape, dtype=dtype, device=self._device) for shape, dtype in graph.specs]
 
     def _keep(self, slot: Slot, value: Tensor) -> Tensor:
         """A copy of `value` that lasts until the slot is written for the second next time.
@@ -294,14 +296,20 @@ class SegmentRunner:
 
     def _build(self, segment: Segment) -> _Graph:
         """Compile the graph of a segment, or load it."""
-        taps = [name for branch, name in self.values_written(segment) if branch == segment.branches[0]]
         if self._stored is not None:
-            loaded = self._stored.stage(segment, taps)
+            loaded = self._stored.stage(segment, self._taps_of(segment))
             return _Graph(loaded.call, loaded.inputs, loaded.values_in, loaded.values_out, loaded.specs)
-        names = self._partitions[segment.partition].evaluated(segment.stages)
-        stage = self.captured(len(segment.branches)).extract(names, taps)
+        stage = self.stage(segment)
         call = compile_stage(stage, self._backend)
         return _Graph(call, stage.inputs, stage.values_in, stage.values_out, _argument_specs(stage))
+
+    def stage(self, segment: Segment) -> StageGraph:
+        """The graph of a segment as it goes to the backend."""
+        names = self._partitions[segment.partition].evaluated(segment.stages)
+        return self.captured(len(segment.branches)).extract(names, self._taps_of(segment))
+
+    def _taps_of(self, segment: Segment) -> list[str]:
+        return [name for branch, name in self.values_written(segment) if branch == segment.branches[0]]
 
     def captured(self, branches: int = 1) -> CapturedDenoiser:
         """The capture for so many branches batched together."""

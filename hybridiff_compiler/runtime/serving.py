@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..ir import Plan
+from .building import RankBuild
 from .connect import connect
 from .decode_ranks import DecodeCall, DecodeRank
 from .executor import RankExecutor, RankExecutors, graphs_for
@@ -67,8 +68,10 @@ class Server:
         executors = RankExecutors(
             plan, denoiser, graphs_for(plan, denoiser, backend), rank=rank, transport=transport, backend=backend
         )
-        for images in self._start["batch_sizes"]:
-            executors.at(images).prepare()
+        RankBuild(
+            plan, denoiser, executors, self._start["batch_sizes"], rank=rank, backend=backend,
+            neighbours=self._start["neighbours"],
+        ).run()
         decoding = None if decoder is None else self._decode_rank(decoder)
         inbox = OrderInbox(transport, plan.model.signature)
         executor = executors.at(1)

@@ -33,12 +33,22 @@ class NumericSettings:
         )
 
     def apply(self) -> None:
-        """Make them those of this process."""
-        torch.set_num_threads(self.threads)
-        torch.set_float32_matmul_precision(self.matmul_precision)
-        torch.use_deterministic_algorithms(self.deterministic)
-        torch.backends.mkldnn.enabled = self.mkldnn  # type: ignore[assignment]
-        torch.backends.cudnn.allow_tf32 = self.allow_tf32_conv
+        """Make them those of this process.
+
+        What is so already is left alone: torch tells a default from the same value set by hand, and a compiler's
+        cache would not know graphs again.
+        """
+        current = NumericSettings.current()
+        if current.threads != self.threads:
+            torch.set_num_threads(self.threads)
+        if current.matmul_precision != self.matmul_precision:
+            torch.set_float32_matmul_precision(self.matmul_precision)
+        if current.deterministic != self.deterministic:
+            torch.use_deterministic_algorithms(self.deterministic)
+        if current.mkldnn != self.mkldnn:
+            torch.backends.mkldnn.enabled = self.mkldnn  # type: ignore[assignment]
+        if current.allow_tf32_conv != self.allow_tf32_conv:
+            torch.backends.cudnn.allow_tf32 = self.allow_tf32_conv
 
     def to_json(self) -> dict[str, Any]:
         """Field values by name."""

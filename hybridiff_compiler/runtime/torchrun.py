@@ -26,7 +26,7 @@ from .serving import Server
 from .settings import NumericSettings
 from .transport import PeerError
 
-__all__ = ["TorchrunPool", "is_one_host", "own_device", "own_rank", "rendezvous", "serve_rank"]
+__all__ = ["TorchrunPool", "is_one_host", "neighbour_count", "own_device", "own_rank", "rendezvous", "serve_rank"]
 
 _GRACE_S = 5.0
 _POLL_S = 0.02
@@ -47,6 +47,11 @@ def own_device(kind: str) -> torch.device:
 def is_one_host() -> bool:
     """Whether torchrun started all ranks on this host."""
     return os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+
+
+def neighbour_count() -> int:
+    """Ranks on this host."""
+    return int(os.environ["LOCAL_WORLD_SIZE"])
 
 
 def rendezvous(plan: Plan) -> dist.Store:

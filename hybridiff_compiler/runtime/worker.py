@@ -7,7 +7,6 @@ driver's orders say until that input closes.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import faulthandler
 import json
 import os
@@ -20,15 +19,14 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from .processes import FAILED, read_frame
+from .processes import FAILED, die_with, read_frame
 from .serving import Server
 from .settings import NumericSettings
 from .transport import PeerError
 
-__all__ = ["die_with", "exit_at_end_of_input", "main"]
+__all__ = ["exit_at_end_of_input", "main"]
 
 _STDIN = 0
-_PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
@@ -71,15 +69,6 @@ def exit_at_end_of_input() -> None:
     while os.read(_STDIN, 4096):
         pass
     os._exit(0)
-
-
-def die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies, where it can (Linux)."""
-    if not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the call
-        os._exit(0)
 
 
 if __name__ == "__main__":

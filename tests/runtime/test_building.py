@@ -1,0 +1,83 @@
+"""Graphs compiled by other processes, and found in the cache by the rank that needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from hybridiff_compiler.ir import InputError
+from hybridiff_compiler.runtime import building
+from hybridiff_compiler.runtime.ahead import Builders
+from hybridiff_compiler.runtime.building import RankBuild
+from hybridiff_compiler.runtime.executor import RankExecutors, capture_for
+
+from .tiny import ONE_RANK, TinyPipeline, tiny_plan
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache of the compiler."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    torch._dynamo.reset()
+    torch.set_num_threads(1)
+    yield tmp_path
+    torch._dynamo.reset()
+
+
+def executors(backend: str = "inductor"):  # type: ignore[no-untyped-def]
+    pipe = TinyPipeline()
+    plan = tiny_plan(pipe, "single", ranks=1, tables=ONE_RANK, exact="single")
+    made = RankExecutors(plan, pipe.denoiser, capture_for(plan, pipe.denoiser), rank=0, transport=None, backend=backend)
+    return plan, pipe.denoiser, made
+
+
+@pytest.mark.slow
+def test_other_processes_fill_the_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, denoiser, made = executors()
+    monkeypatch.setattr(building, "_WORTH_HELP", 2)
+
+    def build() -> RankBuild:
+        return RankBuild(plan, denoiser, made, (1, 2), rank=0, backend="inductor", neighbours=1, jobs=1)
+
+    first, told = build(), []
+    assert (first.missing, first.helpers) == (2, 1)
+    monkeypatch.setattr(Builders, "claim", lambda self, number: self.settle())  # leave everything to the others
+    counters.clear()
+    first.run(lambda done, total: told.append((done, total)))
+    assert told == [(0, 2), (1, 2), (2, 2)]
+    assert counters["inductor"]["fxgraph_cache_hit"] == 2, dict(counters["inductor"])
+    again = build()
+    assert (again.missing, again.helpers) == (0, 0)
+
+
+def test_backends_that_cache_nothing_need_no_other_processes() -> None:
+    plan, denoiser, made = executors("eager")
+    build = RankBuild(plan, denoiser, made, (1, 2), rank=0, backend="eager", neighbours=1, jobs=2)
+    assert (build.missing, build.helpers) == (0, 0)
+    build.run()
+
+
+def test_jobs_that_nobody_has_begun_are_taken_back() -> None:
+    with Builders("hybridiff_compiler.runtime.builder", [], 0) as builders:
+        builders.start(["a", "b"])
+        builders.claim(0)
+        builders.settle()
+
+
+def test_processes_that_end_are_named_or_forgiven() -> None:
+    with Builders("hybridiff_compiler.runtime.builder", [b"no json", b""], 1) as builders:
+        builders.start([1, 2])
+        builders.settle()
+        with pytest.raises(InputError, match=r"(?s)exited with code 1; its last output:.*JSONDecodeError"):
+            builders.wait()
+
+
+def test_without_processes_nothing_is_waited_for() -> None:
+    with Builders("hybridiff_compiler.runtime.builder", [], 0) as builders:
+        builders.start([1])
+        builders.settle()
