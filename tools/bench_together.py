@@ -27,6 +27,8 @@ def main() -> None:
     parser.add_argument("--build-limit", type=float, default=600.0, help="seconds after which no model is waited for")
     parser.add_argument("--wait-for", type=Path, help="measure only once this file exists")
     parser.add_argument("--profiles", type=Path, help="folder of NAME.json: use their partitions and predictions")
+    parser.add_argument("--loop-only", action="store_true", help="pipelines without a VAE")
+    parser.add_argument("--decoder", default="pipeline", help="as for `hybridiff bench`")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -39,6 +41,7 @@ def _take_turns(arguments: argparse.Namespace) -> None:
     begin = time.monotonic()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     common = [f"--pixels={arguments.pixels}", f"--steps={arguments.steps}", f"--device={arguments.device}", "--child"]
+    common += [f"--decoder={arguments.decoder}", *(["--loop-only"] if arguments.loop_only else [])]
     common += [] if arguments.profiles is None else [f"--profiles={arguments.profiles}"]
     waiting = {
         model: subprocess.Popen([sys.executable, __file__, str(arguments.folder), model, *common])
@@ -83,11 +86,12 @@ def _measure(arguments: argparse.Namespace) -> None:
 
     torch.manual_seed(0)
     built = random_model(
-        name, device=arguments.device, dtype=torch.float16 if arguments.device == "cuda" else torch.float32
+        name, device=arguments.device, dtype=torch.float16 if arguments.device == "cuda" else torch.float32,
+        vae=not arguments.loop_only,
     )
     bench = Bench(
         built.pipe, built.options(arguments.pixels, 0), name=name, pixels=arguments.pixels, steps=arguments.steps,
-        rows=chosen.split(",") if chosen else ROWS, backend=backend or None,
+        rows=chosen.split(",") if chosen else ROWS, backend=backend or None, decode=arguments.decoder,
         profile=None if arguments.profiles is None else Profile.load(arguments.profiles / f"{name}.json"),
     )
     rows = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -34,6 +34,8 @@ def command(
         help="A profile of one of the MODELs by the same name: use its partitions, print its predictions; repeat for "
         "more.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights, embeddings and latents.")] = 0,
+    decoder: Annotated[str, typer.Option(
+        help="Who decodes where whole calls are timed: pipeline, driver, rows or auto.")] = "pipeline",
     decode: Annotated[bool, typer.Option(
         "--decode", help="Time the decode of the VAE instead: as it comes, compiled, and in bands of rows.")] = False,
     decode_dtype: Annotated[str | None, typer.Option(
@@ -70,6 +72,7 @@ def command(
                 bench = Bench(
                     pipe, options, name=model, pixels=pixels, steps=steps, gpus=gpus, repeats=repeats, backend=backend,
                     threads=threads, rows=rows or default_rows(gpus), profile=profiles.get(model),
+                    decode=cast(Any, decoder),
                 )
                 with bench.open(on_progress) as measure:
                     benches[model] = tuple(measure())
@@ -90,7 +93,9 @@ def _load(model: str, random_weights: bool, device: str, pixels: int, seed: int)
         from ..quality.architectures import random_model
 
         torch.manual_seed(seed)
-        built = random_model(model, device=device, dtype=torch.float16 if device == "cuda" else torch.float32)
+        built = random_model(
+            model, device=device, dtype=torch.float16 if device == "cuda" else torch.float32, vae=True
+        )
         return built.pipe, built.options(pixels, seed)
     loaded = load_model(model, device=device)
     options = call_options(loaded, pixels, pixels) | {"output_type": "latent", "guidance_scale": loaded.guidance_scale}
@@ -108,15 +113,16 @@ def _table(name: str, model: BenchModel, results: BenchResults) -> Table:
     weights = ", random weights: latency only" if results.random_weights else ""
     table = plain_table(
         f"{name} on {results.device}{weights}", "row", "pixels", "steps", "loop s", "predicted", "vs strong",
-        "vs eager", "overhead", "KiB/step", "peak GiB",
+        "vs eager", "overhead", "end to end s", "KiB/step", "peak GiB", "predicted",
     )
     for row in model.rows:
         table.add_row(
             row.name, str(row.pixels), str(row.steps), f"{row.loop_s:.3f}", _form(row.predicted_s, "{:.3f}"),
             _form(row.speedup_vs_strong, "{:.2f}x"),
             _form(row.speedup_vs_eager, "{:.2f}x"), _form(row.overhead_fraction, "{:.1%}"),
+            _form(row.end_to_end_s, "{:.3f}"),
             _form(None if row.bytes_per_step is None else row.bytes_per_step / 1024, "{:.0f}"),
-            _form(row.peak_gib, "{:.1f}"),
+            _form(row.peak_gib, "{:.1f}"), _form(row.predicted_peak_gib, "{:.1f}"),
         )
     return table
 

@@ -55,7 +55,7 @@ VAES: Mapping[str, tuple[Mapping[str, Any], str]] = {
 
 @dataclass(frozen=True)
 class RandomModel:
-    """A stock diffusers pipeline around a denoiser with random weights, without text encoders and VAE."""
+    """A stock diffusers pipeline around a denoiser with random weights, without text encoders."""
 
     pipe: Any
     tokens: int
@@ -80,8 +80,14 @@ class RandomModel:
         }
 
 
-def random_model(name: str, *, device: str, dtype: torch.dtype) -> RandomModel:
+def random_model(name: str, *, device: str, dtype: torch.dtype, vae: bool = False) -> RandomModel:
     """Build the architecture `name` on `device` with random weights.
+
+    Args:
+        name: one of `ARCHITECTURES`.
+        device: cpu or cuda.
+        dtype: of all weights.
+        vae: with the architecture's VAE; without one a pipeline can only return latents.
 
     Raises:
         UsageError: unknown name.
@@ -93,6 +99,8 @@ def random_model(name: str, *, device: str, dtype: torch.dtype) -> RandomModel:
         raise InputError("this machine has no CUDA device; pass --device cpu, or run on a machine with one")
     model = ARCHITECTURES[name](device, dtype)
     model.pipe.set_progress_bar_config(disable=True)
+    if vae:
+        model.pipe.register_modules(vae=random_vae(name, device=device, dtype=dtype))
     return model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -21,6 +22,7 @@ from ..ir import (
     Pattern,
     Plan,
     PlanMismatchError,
+    Predictions,
     Profile,
     RankSpec,
     Schedule,
@@ -28,14 +30,16 @@ from ..ir import (
 )
 from ..ir.versions import installed_versions
 from ..planner.cost import CostModel
+from ..planner.memory import predicted_peaks
 from ..planner.partition import candidate_partitions
 from ..planner.patterns import generate_patterns
 from ..planner.policy import paper_schedule
 from ..planner.reference import alternating_steps
 from ..profiler.session import device_name
 from ..report.results import BenchModel, BenchResults, BenchRow
+from ..runtime.decode_route import DecodeMode
 from ..runtime.intercept import GuidedCall, find_denoiser, intercept
-from ..runtime.memory import peak_bytes
+from ..runtime.memory import forget_peak, peak_bytes
 from ..runtime.parallelize import ParallelPipeline
 from ..runtime.segments import capture_branch
 from .measure import loop_timed
@@ -75,7 +79,7 @@ class Bench:
     def __init__(
         self, pipe: Any, options: Mapping[str, Any], *, name: str, pixels: int, steps: int = 50, gpus: int = 2,
         rows: Sequence[str] = ROWS, repeats: int = 3, backend: str | None = None, threads: int | None = None,
-        profile: Profile | None = None,
+        decode: DecodeMode = "pipeline", profile: Profile | None = None,
     ) -> None:
         """
         Args:
@@ -88,6 +92,7 @@ class Bench:
             rows: which of `ROWS`, and of `MANY_ROWS` with more than two ranks.
             repeats: timed generations per row, after one that warms up.
             backend, threads: see `parallelize`.
+            decode: see `parallelize`; for pipelines with a VAE, whose whole calls are timed too.
             profile: of the same denoiser; then its partitions are used instead of ones that balance arithmetic, and
                 rows come with the latency that it predicts.
 
@@ -106,6 +111,8 @@ class Bench:
         self._steps, self._gpus, self._repeats = steps, gpus, repeats
         self._rows = [row for row in known if row in rows]
         self._backend, self._threads, self._profile = backend, threads, profile
+        self._has_vae = getattr(pipe, "vae", None) is not None
+        self._decode: DecodeMode = decode if self._has_vae else "pipeline"
         self._denoiser = find_denoiser(pipe)[1]
         self._device = next(self._denoiser.parameters()).device
 
@@ -120,9 +127,10 @@ class Bench:
             return
         on_progress("capture", 0, 1)
         plans = self._plans(compiled)
+        forget_peak(self._device)
         with ParallelPipeline(
             self._pipe, next(iter(plans.values())), devices=None, timeout_s=120.0, threads=self._threads,
-            backend=self._backend, on_progress=on_progress,
+            backend=self._backend, decode=self._decode, on_progress=on_progress,
         ) as parallel:
             yield lambda: self._measure(parallel, plans, on_progress)
 
@@ -131,19 +139,26 @@ class Bench:
     ) -> Iterator[BenchRow]:
         eager: float | None = None
         strong: float | None = None
+        built = 0.0 if parallel is None else self._peak_gib(parallel)
         for done, name in enumerate(self._rows):
             on_progress("rows", done, len(self._rows))
             before = _traffic(parallel)
             if name == "single-eager":
+                forget_peak(self._device)
                 with _bypassed(parallel):
-                    eager = loop_s = self._time()
-                patterns, ranks = {"unmodified": self._steps}, 1
+                    loop_s, call_s = self._time()
+                eager, peak = loop_s, peak_bytes(self._device) / 2**30
+                forget_peak(self._device)
+                patterns, ranks, decode = {"unmodified": self._steps}, 1, "pipeline"
             else:
                 assert parallel is not None
                 parallel.use(plans[name])
-                loop_s = self._time()
+                loop_s, call_s = self._time()
                 patterns, ranks = dict(Counter(parallel.executed)), _ranks_used(plans[name])
                 strong = loop_s if name == "single-compiled" else strong
+                peak, decode = max(built, self._peak_gib(parallel)), parallel.decoded_by
+                if ranks == 1 and decode == "rows":
+                    call_s = None  # other ranks took part in it
             moved = (_traffic(parallel) - before) / ((self._repeats + 1) * self._steps)
             stages = {} if parallel is None or name == "single-eager" else {
                 pattern: max(parallel.stage_seconds(pattern)) for pattern in patterns
@@ -151,6 +166,7 @@ class Bench:
             ideal_s = sum(patterns[pattern] * seconds for pattern, seconds in stages.items())
             yield BenchRow(
                 name=name, ranks=ranks, steps=self._steps, patterns=patterns, latency_s=loop_s, loop_s=loop_s,
+                end_to_end_s=call_s, decode=None if call_s is None else decode,
                 speedup=None if eager is None else eager / loop_s,
                 speedup_vs_eager=None if eager is None else eager / loop_s,
                 speedup_vs_strong=None if strong is None or name == "single-eager" else strong / loop_s,
@@ -160,21 +176,39 @@ class Bench:
                     self._profile, patterns
                 ),
                 bytes_per_step=None if name == "single-eager" else round(moved), pixels=self._pixels,
-                peak_gib=self._peak_gib(parallel),
+                peak_gib=peak,
+                predicted_peak_gib=None if name == "single-eager" else self._predicted_peak_gib(plans[name]),
             )
         on_progress("rows", len(self._rows), len(self._rows))
 
-    def _peak_gib(self, parallel: ParallelPipeline | None) -> float:
+    def _peak_gib(self, parallel: ParallelPipeline) -> float:
         """Of the rank that needs most."""
-        return max([peak_bytes(self._device)] if parallel is None else parallel.peak_bytes()) / 2**30
+        return max(parallel.peak_bytes()) / 2**30
 
-    def _time(self) -> float:
-        times = []
+    def _predicted_peak_gib(self, plan: Plan) -> float | None:
+        """The same, as the plan predicts it, with the rest of the pipeline on rank 0."""
+        peaks = plan.predictions.peak_bytes
+        if self._device.type != "cuda" or not peaks:
+            return None
+        rest = sum(
+            _tensor_bytes(module) for module in self._pipe.components.values()
+            if isinstance(module, torch.nn.Module) and module is not self._denoiser
+        )
+        return max(peaks[0] + rest, *peaks) / 2**30
+
+    def _time(self) -> tuple[float, float | None]:
+        """Seconds of the loop and, with a VAE, of the whole call."""
+        loops, calls = [], []
+        options = dict(self._options) | ({"output_type": "pt"} if self._has_vae else {})
         for _ in range(self._repeats + 1):
+            _synchronize(self._device)
+            begin = time.perf_counter()
             with loop_timed(self._pipe) as seconds:
-                self._pipe(num_inference_steps=self._steps, **self._options)
-            times.append(seconds())
-        return statistics.median(times[1:])
+                self._pipe(num_inference_steps=self._steps, **options)
+            _synchronize(self._device)
+            calls.append(time.perf_counter() - begin)
+            loops.append(seconds())
+        return statistics.median(loops[1:]), statistics.median(calls[1:]) if self._has_vae else None
 
     def _plans(self, rows: Sequence[str]) -> dict[str, Plan]:
         """One plan per row, all over the same tables."""
@@ -206,10 +240,15 @@ class Bench:
         ranks = max(pattern.world_size for pattern in patterns)
         names = {pattern.partition for pattern in patterns}
         model = self._model(layers, recorder.signature)
+        kept = tuple(p for p in partitions if p.name in names)
+        peaks = predicted_peaks(
+            layers, recorder.signature, patterns, kept, ranks=ranks, parameter_bytes=model.parameter_bytes,
+            recorded=self._device.type == "cuda",
+        )
         return {
             row: Plan(
                 model=model, ranks=(RankSpec(device=cast(Any, self._device.type)),) * ranks, patterns=patterns,
-                partitions=tuple(p for p in partitions if p.name in names), exact=exact, schedule=schedule,
+                partitions=kept, exact=exact, schedule=schedule, predictions=Predictions(peak_bytes=peaks),
             )
             for row, schedule in schedules.items()
         }
@@ -292,6 +331,15 @@ def _pipes(partitions: Sequence[Partition], gpus: int) -> Iterator[Pattern]:
                     for branch in "uc" for stage in range(stages)
                 )
                 yield Pattern.parse(f"{name}:{kind}", f"{units} | cfg", partition=partition.name, stages=stages)
+
+
+def _tensor_bytes(module: torch.nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _ranks_used(plan: Plan) -> int:

@@ -47,6 +47,11 @@ class BenchRow(Row):
     """Width and height of the image."""
     loop_s: float
     """Median time of the denoising loop, from the first denoiser call to the last scheduler step."""
+    end_to_end_s: float | None = None
+    """Median time of the whole call until the image is on the device: text encoders where the pipeline has them (with
+    random weights it has none: embeddings are given), loop, VAE decode. null: the pipeline has no VAE."""
+    decode: str | None = None
+    """Who decoded for `end_to_end_s`: `pipeline`, `driver`, `rows` (see `parallelize`)."""
     speedup_vs_strong: float | None = None
     """Over `single-compiled` of the same run."""
     speedup_vs_eager: float | None = None
@@ -60,7 +65,10 @@ class BenchRow(Row):
     bytes_per_step: int | None = None
     """Sent and received by rank 0."""
     peak_gib: float | None = None
-    """GPU memory that rank 0 had reserved at most, so far in the run."""
+    """Memory of the rank that needed most while graphs were built and in the rows so far: reserved by torch on a GPU,
+    else resident. `single-eager` counts alone."""
+    predicted_peak_gib: float | None = None
+    """What was predicted for that (see `planner.memory`), with what else of the pipeline is on rank 0; on GPUs."""
 
 
 class BenchModel(Data):

@@ -119,6 +119,7 @@ class ParallelPipeline:
             raise UsageError("this pipeline runs by a plan already; close that first, or give it another plan by use()")
         self._decoding = choose_decoding(pipe, plan, decode, self._devices[0])
         self._decode_seconds: dict[str, float] = {}
+        self._decoded_by = "pipeline"
         self.plan = plan
         self._resources = contextlib.ExitStack()
         # Closes at the latest when the interpreter exits; refers to the resources only, not to this object.
@@ -156,6 +157,11 @@ class ParallelPipeline:
     def decode_seconds(self) -> dict[str, float]:
         """With `decode="auto"` what one image took to decode, by `driver` and by `rows`; else empty."""
         return dict(self._decode_seconds)
+
+    @property
+    def decoded_by(self) -> str:
+        """Who decodes images: `pipeline`, `driver` or `rows`; never `auto`."""
+        return self._decoded_by
 
     def use(self, plan: Plan) -> None:
         """Follow `plan` from the next generation on, with the workers and graphs at hand (takes no time).
@@ -295,6 +301,7 @@ class ParallelPipeline:
             call = decoding.call
             latents = torch.zeros(call.shape, dtype=call.torch_dtype, device=self._devices[0])
             way, self._decode_seconds = faster(ways, latents)
+        self._decoded_by = way
         self._resources.enter_context(routed(decoding, ways[way], lambda: driver.is_bypassed))
 
     def _hand_over(

@@ -31,7 +31,7 @@ SURFACE = {
     ],
     "bench": [
         "MODEL...", "--random-weights", "--pixels", "--steps", "--gpus", "--row", "--repeats", "--device", "--backend",
-        "--threads", "--seed", "--decode", "--decode-dtype", "--output/-o", "--json",
+        "--threads", "--profile", "--seed", "--decoder", "--decode", "--decode-dtype", "--output/-o", "--json",
     ],
     "show": ["FILE", "OTHER", "--profile", "--json"],
 }

@@ -17,15 +17,23 @@ SMALL_SD3 = architectures.SD3_TRANSFORMER | {
 }
 
 
+SMALL_VAE = {
+    "block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1, "latent_channels": 16,
+    "scaling_factor": 1.5, "shift_factor": 0.1, "use_quant_conv": False, "use_post_quant_conv": False,
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
+
+
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
+    monkeypatch.setattr(architectures, "VAES", {"sd3": (SMALL_VAE, "float32")})
     monkeypatch.setattr(architectures, "SDXL_UNET", SMALL_SDXL)
     monkeypatch.setattr(architectures, "SD3_TRANSFORMER", SMALL_SD3)
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3"])
 def test_rows_of_random_architectures(name):
-    model = architectures.random_model(name, device="cpu", dtype=torch.float32)
+    model = architectures.random_model(name, device="cpu", dtype=torch.float32, vae=name == "sd3")
     rows = ROWS if name == "sd3" else ("single-eager", "branch", "planned-reuse")
     bench = Bench(model.pipe, model.options(64, 0), name=name, pixels=64, steps=6, repeats=1, threads=1, rows=rows)
     with bench.open() as measure:
@@ -42,6 +50,13 @@ def test_rows_of_random_architectures(name):
     if name == "sd3":
         assert by_name["single-compiled"].speedup_vs_strong == 1
         assert by_name["paper"].patterns["paper:nested"] >= 1
+    for row in measured:
+        assert row.predicted_peak_gib is None, "of GPUs only"
+        if name == "sd3":
+            assert row.end_to_end_s > row.loop_s
+            assert row.decode == "pipeline"
+        else:
+            assert (row.end_to_end_s, row.decode) == (None, None), "no VAE"
     results = bench_results({name: measured}, device="cpu", gpus=2, seed=0, random_weights=True)
     assert results.to_json()["models"][name]["rows"][0]["pixels"] == 64
     assert results.to_json()["schema"] == 1
