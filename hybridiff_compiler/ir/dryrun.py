@@ -51,5 +51,5 @@ def _run_step(pattern: Pattern) -> int:
 def _missing(segment: Segment, produced: set[tuple[Branch, int]]) -> list[str]:
     return [
         str(read) for reads in segment.reads for read in reads
-        if not read.stale and (read.branch, read.stage) not in produced
+        if read.fresh and (read.branch, read.stage) not in produced
     ]

@@ -10,7 +10,8 @@ The printable form is exact in both directions, e.g. the paper's parallelism pha
     u0@0(c1~) c1@1(u0~) | mirror
 
 reads: the unconditional branch of stage 0 runs on rank 0 with a stale conditional stage 1, and so on. A read that is
-not written is a fresh read of the same branch; `~` marks a stale one.
+not written is a fresh read of the same branch; `~` marks a stale one. `u1-` says that nothing of stage 1 is read, so
+that the unit need not wait for it: the front of a linear split reads nothing of the back.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from __future__ import annotations
 import re
 from enum import StrEnum
 from functools import cached_property
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from .data import Data
 from .errors import InputError
@@ -35,7 +36,7 @@ BRANCHES: tuple[Branch, Branch] = ("uncond", "cond")
 _LETTER: dict[Branch, str] = {"uncond": "u", "cond": "c"}
 _BRANCH: dict[str, Branch] = {"u": "uncond", "c": "cond"}
 _UNIT = re.compile(r"([uc])(\d+)@(\d+)(?:\(([^()]*)\))?")
-_READ = re.compile(r"([uc])(\d+)(~?)")
+_READ = re.compile(r"([uc])(\d+)([~-]?)")
 
 
 class Combine(StrEnum):
@@ -57,9 +58,29 @@ class Read(Data):
     stage: int = Field(ge=0)
     branch: Branch
     stale: bool
+    nothing: bool = False
+    """Nothing is read: no value of that stage reaches the unit's (the runtime checks it)."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Read:
+        if self.stale and self.nothing:
+            raise ValueError("a read is stale, or of nothing, not both")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        if not self.nothing:
+            fields.pop("nothing", None)
+        return fields
+
+    @property
+    def fresh(self) -> bool:
+        """Whether values of the same step are read."""
+        return not self.stale and not self.nothing
 
     def __str__(self) -> str:
-        return f"{_LETTER[self.branch]}{self.stage}{'~' if self.stale else ''}"
+        return f"{_LETTER[self.branch]}{self.stage}{'~' if self.stale else '-' if self.nothing else ''}"
 
 
 class Unit(Data):
@@ -111,11 +132,11 @@ class Pattern(Data):
                     )
             if [read.stage for read in unit.reads] != sorted({read.stage for read in unit.reads}):
                 raise ValueError(f"pattern {self.name!r}: unit {unit} must list each read stage once, in order")
-            if any(not read.stale and read.branch == unit.branch for read in unit.reads):
+            if any(read.fresh and read.branch == unit.branch for read in unit.reads):
                 raise ValueError(f"pattern {self.name!r}: unit {unit} lists a default (fresh, same branch) read")
         for unit in self.units:
-            stale = {read.stage for read in unit.reads if read.stale}
-            for stage in set(range(self.stages)) - stale - {unit.stage}:
+            other = {read.stage for read in unit.reads if not read.fresh}
+            for stage in set(range(self.stages)) - other - {unit.stage}:
                 read = unit.read(stage)
                 if (read.branch, stage) not in seen:
                     raise ValueError(
@@ -142,7 +163,7 @@ class Pattern(Data):
         return (
             self.combine is Combine.CFG
             and len(self.units) == 2 * self.stages
-            and all(not unit.reads for unit in self.units)
+            and all(read.nothing for unit in self.units for read in unit.reads)
         )
 
     @cached_property
@@ -180,8 +201,11 @@ class Pattern(Data):
             for item in filter(None, (match[4] or "").split(",")):
                 read = _READ.fullmatch(item.strip())
                 if read is None:
-                    raise InputError(f"pattern {name!r}: read {item!r} of unit {word!r} is not of the form u0 or c1~")
-                reads.append(Read(stage=int(read[2]), branch=_BRANCH[read[1]], stale=bool(read[3])))
+                    raise InputError(
+                        f"pattern {name!r}: read {item!r} of unit {word!r} is not of the form u0, c1~ or u1-")
+                kind = read[3]
+                reads.append(
+                    Read(stage=int(read[2]), branch=_BRANCH[read[1]], stale=kind == "~", nothing=kind == "-"))
             units.append(
                 Unit(branch=_BRANCH[match[1]], stage=int(match[2]), rank=int(match[3]),
                      reads=tuple(sorted(reads, key=lambda r: r.stage)))

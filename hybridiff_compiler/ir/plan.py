@@ -100,6 +100,9 @@ class Plan(Document):
     ranks: tuple[RankSpec, ...] = Field(min_length=1)
     partitions: tuple[Partition, ...] = ()
     patterns: tuple[Pattern, ...] = Field(min_length=1)
+    weights: Literal["whole", "stages"] = "whole"
+    """Whether every rank holds the whole denoiser, or only the parameters of the stages that it evaluates in some of
+    the patterns, for models that do not fit one device; calls that the plan does not cover are refused then."""
     exact: str
     """Name of the exact pattern for generations that the schedule does not cover (another number of steps)."""
     schedule: Schedule

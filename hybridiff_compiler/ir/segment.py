@@ -56,7 +56,7 @@ def lower(pattern: Pattern) -> tuple[Segment, ...]:
     graph.add_nodes_from(range(len(groups)))
     for index, group in enumerate(groups):
         for read in _outside_reads(pattern, group):
-            if not read.stale:
+            if read.fresh:
                 graph.add_edge(owner[read.branch, read.stage], index)
     graph.remove_edges_from(nx.selfloop_edges(graph))
     try:
@@ -78,7 +78,7 @@ def _fuse(pattern: Pattern) -> list[list[Unit]]:
             if i == j or (unit.branch, unit.rank) != (other.branch, other.rank):
                 continue
             read = unit.read(other.stage)
-            if not read.stale and read.branch == unit.branch:
+            if read.fresh and read.branch == unit.branch:
                 links.add_edge(i, j)
     components = sorted((sorted(c) for c in nx.connected_components(links)), key=lambda c: c[0])
     groups = []
@@ -86,7 +86,7 @@ def _fuse(pattern: Pattern) -> list[list[Unit]]:
         group = sorted((pattern.units[i] for i in component), key=lambda u: u.stage)
         inside = {u.stage for u in group}
         consistent = all(
-            not unit.read(stage).stale and unit.read(stage).branch == unit.branch
+            (unit.read(stage).fresh and unit.read(stage).branch == unit.branch) or unit.read(stage).nothing
             for unit in group for stage in inside - {unit.stage}
         )
         # A stage pair with one fresh and one stale direction must stay two launches: the stale edge is a cut.

@@ -114,7 +114,7 @@ class CostModel:
             start = clock[rank]
             for reads in segment.reads:
                 for read in reads:
-                    if not read.stale:
+                    if read.fresh:
                         ready, source = done[read.branch, read.stage]
                         nbytes = self._cut_bytes(pattern.partition, read.stage, segment.stages) if moving else 0
                         start = max(start, ready + self._link_seconds(source, rank, nbytes))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copyreg
 import io
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -49,11 +49,15 @@ def pack_skeleton(denoiser: nn.Module) -> tuple[bytes, list[Tensor]]:
 
 
 def unpack_skeleton(
-    data: bytes, device: torch.device | str, tensors: Sequence[Tensor] | None = None
+    data: bytes, device: torch.device | str, tensors: Sequence[Tensor] | None = None, *,
+    held: Collection[int] | None = None,
 ) -> tuple[nn.Module, list[Tensor]]:
     """The module, and its tensors: uninitialised ones on `device`, or the first ones of `tensors` (in the order in
-    which they were packed), whose memory it then uses. `data` must come from our own driver."""
-    unpickler = _Unpickler(io.BytesIO(data), device, tensors)
+    which they were packed), whose memory it then uses. `data` must come from our own driver.
+
+    With `held` only the tensors of these numbers get memory; the others are stand-ins of one element.
+    """
+    unpickler = _Unpickler(io.BytesIO(data), device, tensors, held)
     return unpickler.load(), unpickler.tensors
 
 
@@ -112,17 +116,21 @@ class _Pickler(pickle.Pickler):
 
 class _Unpickler(pickle.Unpickler):
     def __init__(
-        self, stream: io.BytesIO, device: torch.device | str, given: Sequence[Tensor] | None = None
+        self, stream: io.BytesIO, device: torch.device | str, given: Sequence[Tensor] | None = None,
+        held: Collection[int] | None = None,
     ) -> None:
         super().__init__(stream)
         self.tensors: list[Tensor] = []
         self._device, self._given = device, given
+        self._held = None if held is None else frozenset(held)
 
     def persistent_load(self, pid: Any) -> Tensor:
         number, shape, strides, dtype, is_parameter, requires_grad = pid
         if number == len(self.tensors):
             if self._given is not None:
                 tensor = self._given[number]
+            elif self._held is not None and number not in self._held:
+                tensor = torch.zeros((), dtype=dtype, device=self._device).expand(shape)
             elif strides is None:
                 tensor = torch.empty(shape, dtype=dtype, device=self._device)
             else:

@@ -28,9 +28,10 @@ from .executor import RankExecutors, graphs_for
 from .handover import pack_skeleton, raw_bytes
 from .intercept import find_denoiser, intercept, is_intercepted
 from .nccl import ENVIRONMENT, NcclTransport
-from .processes import JOINED, READY, Pool, WorkerPool, open_store
+from .processes import HELD, JOINED, READY, Pool, WorkerPool, open_store
 from .segments import is_bundle
 from .settings import NumericSettings
+from .stage_weights import closed_forward, held_bytes, held_numbers, only_held, send_held
 from .torchrun import TorchrunPool, is_one_host, neighbour_count, own_device, own_rank, rendezvous, serve_rank
 from .transport import PeerError, Transport
 from .watch import DeviceWatch
@@ -117,6 +118,7 @@ class ParallelPipeline:
         self._devices = assign_devices(plan, denoiser, devices)
         if is_intercepted(denoiser):
             raise UsageError("this pipeline runs by a plan already; close that first, or give it another plan by use()")
+        self._denoiser = denoiser
         self._decoding = choose_decoding(pipe, plan, decode, self._devices[0])
         self._decode_seconds: dict[str, float] = {}
         self._decoded_by = "pipeline"
@@ -193,6 +195,13 @@ class ParallelPipeline:
         """Most memory of every rank so far, on its GPU or else resident in its process; between generations only."""
         return self._driver.peak_bytes()
 
+    def held_bytes(self) -> list[int]:
+        """Memory of every rank for the denoiser's parameters, as they are held now."""
+        own = held_bytes(self._denoiser)
+        if self.plan.weights == "whole" or self._pool is None:
+            return [own] * self.plan.world_size
+        return [own, *(int(self._pool.answer(f"{HELD}/{rank}")) for rank in range(1, self.plan.world_size))]
+
     def traced(self, target: str | os.PathLike[str]) -> AbstractContextManager[None]:
         """A context that records the kernels and transfers of all ranks, on one time axis, to `target`.
 
@@ -254,7 +263,16 @@ class ParallelPipeline:
                 address = {"one_host": True, "neighbours": neighbours, "host": "127.0.0.1", "port": served.port}
             self._resources.callback(self._pool.close)
             captured = captured or graphs_for(plan, denoiser, backend)
-            self._hand_over(store, address, skeleton, tensors, timeout_s, backend)
+            held = None
+            if plan.weights == "stages":
+                everywhere = [] if shared is None else [*shared.decoder.parameters(), *shared.decoder.buffers()]
+                held = held_numbers(plan, denoiser, captured, tensors, everywhere)
+            self._hand_over(store, address, skeleton, tensors, timeout_s, backend, held)
+            if held is not None:
+                moves = next(denoiser.parameters()).device != self._devices[0]
+                self._resources.enter_context(only_held(tensors, held[0], self._devices[0]))
+                self._resources.enter_context(closed_forward(denoiser))
+                captured = graphs_for(plan, denoiser, backend) if moves else captured
         assert captured is not None
         executors = RankExecutors(plan, denoiser, captured, rank=0, transport=self._transport, backend=backend)
         report = on_progress or (lambda what, done, total: None)
@@ -306,7 +324,7 @@ class ParallelPipeline:
 
     def _hand_over(
         self, store: dist.Store, address: dict[str, Any], skeleton: bytes, tensors: list[Tensor], timeout_s: float,
-        backend: str,
+        backend: str, held: list[list[int]] | None,
     ) -> None:
         """Give the workers plan and denoiser, and connect to them."""
         plan, pool = self.plan, self._pool
@@ -315,7 +333,7 @@ class ParallelPipeline:
             "plan": plan.model_dump_json(), "backend": backend,
             "settings": NumericSettings.current().to_json(), "devices": [str(device) for device in self._devices],
             "batch_sizes": self._batch_sizes, "decode_backend": _decode_backend(backend),
-            "decode": None if self._decoding is None else self._decoding.call.to_json(),
+            "held": held, "decode": None if self._decoding is None else self._decoding.call.to_json(),
         } | address
         for rank in range(1, plan.world_size):
             pool.send_frame(rank, json.dumps(start).encode())
@@ -326,7 +344,10 @@ class ParallelPipeline:
                 store, 0, plan.world_size, timeout_s=timeout_s, device=self._devices[0], one_host=address["one_host"],
             )
             self._resources.callback(transport.close)
-            transport.broadcast([raw_bytes(tensor) for tensor in tensors if tensor.numel()])
+            if held is None:
+                transport.broadcast([raw_bytes(tensor) for tensor in tensors if tensor.numel()])
+            else:
+                send_held(transport, tensors, held)
         except (PeerError, RuntimeError) as error:
             raise pool.failure("starting", suspect=getattr(error, "peer", None)) from error
 
@@ -379,7 +400,8 @@ def assign_devices(
             assigned = [d if i is None else torch.device("cuda", i) for d, i in zip(assigned, indices)]
         if len(set(assigned)) < len(assigned):
             raise UsageError(f"every rank needs a GPU of its own, got {[str(device) for device in assigned]}")
-    if own.type != planned[0] or (own.type == "cuda" and own != assigned[0]):
+    waiting = plan.weights == "stages" and own.type == "cpu"  # its own stages are moved there
+    if not waiting and (own.type != planned[0] or (own.type == "cuda" and own != assigned[0])):
         raise InputError(
             f"the denoiser is on {own}, rank 0 of the plan on {assigned[0]}; move it with pipe.to({str(assigned[0])!r})"
         )

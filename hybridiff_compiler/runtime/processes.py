@@ -29,7 +29,7 @@ import torch.distributed as dist
 from ..ir import WorkerError
 
 __all__ = [
-    "FAILED", "JOINED", "READY", "REPORTED", "RESIZED", "TIMED", "TRACED", "Pool", "WorkerPool", "die_with",
+    "FAILED", "HELD", "JOINED", "READY", "REPORTED", "RESIZED", "TIMED", "TRACED", "Pool", "WorkerPool", "die_with",
     "open_store", "read_frame", "write_frame",
 ]
 
@@ -65,7 +65,7 @@ class Pool(Protocol):
 
 
 JOINED, READY, FAILED, RESIZED = "joined", "ready", "failed", "resized"
-TIMED, TRACED, REPORTED = "timed", "traced", "reported"
+TIMED, TRACED, REPORTED, HELD = "timed", "traced", "reported", "held"
 """Keys, followed by `/rank`, that workers set in the store."""
 
 _PR_SET_PDEATHSIG = 1

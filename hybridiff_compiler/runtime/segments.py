@@ -178,6 +178,11 @@ class SegmentRunner:
                 if stage in segment.stages:
                     continue
                 read: Read = segment.read(branch, stage)
+                if read.nothing and (received := partition.received(self.layers, stage, segment.stages)):
+                    raise PlanMismatchError(
+                        f"segment {segment} says that it reads nothing of stage {stage} of {partition.name!r}, but it "
+                        f"takes {received[0].name!r} from there; mark the read stale ('~'), or use a linear partition"
+                    )
                 for value in partition.received(self.layers, stage, segment.stages):
                     reads.append(ValueRead(branch, value.name, (read.branch, value.name), read.stale))
         return tuple(reads)

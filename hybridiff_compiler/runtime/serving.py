@@ -16,8 +16,9 @@ from .executor import RankExecutor, RankExecutors, graphs_for
 from .handover import raw_bytes, unpack_skeleton
 from .memory import peak_bytes
 from .orders import DECODING, REPORTING, RESIZING, TIMING, TRACING, Order, OrderInbox
-from .processes import JOINED, READY, REPORTED, RESIZED, TIMED, TRACED
+from .processes import HELD, JOINED, READY, REPORTED, RESIZED, TIMED, TRACED
 from .segments import scale_signature
+from .stage_weights import held_bytes, receive_held
 from .trace import RankTrace
 
 __all__ = ["Server"]
@@ -57,13 +58,18 @@ class Server:
         plan, store, rank = self._plan, self._store, self._rank
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-        handed, tensors = unpack_skeleton(self._skeleton, self._device)
+        held = None if self._start["held"] is None else self._start["held"][rank]
+        handed, tensors = unpack_skeleton(self._skeleton, self._device, held=held)
         denoiser, decoder = handed if isinstance(handed, nn.ModuleList) else (handed, None)
         store.set(f"{JOINED}/{rank}", "")
         transport = connect(
             store, rank, plan.world_size, timeout_s=None, device=self._device, one_host=self._start["one_host"]
         )
-        transport.broadcast([raw_bytes(tensor) for tensor in tensors if tensor.numel()])
+        if held is None:
+            transport.broadcast([raw_bytes(tensor) for tensor in tensors if tensor.numel()])
+        else:
+            receive_held(transport, tensors, held)
+            store.set(f"{HELD}/{rank}", str(held_bytes(denoiser)))
         backend = self._start["backend"]
         executors = RankExecutors(
             plan, denoiser, graphs_for(plan, denoiser, backend), rank=rank, transport=transport, backend=backend

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 
-from hybridiff_compiler.ir import InputError, Pattern, lower
+from hybridiff_compiler.ir import InputError, Pattern, dry_run, lower
 
 from .samples import ALL, patterns
 
@@ -86,3 +86,14 @@ def test_every_unit_runs_once_after_its_fresh_reads(pattern: Pattern) -> None:
             assert not done & {(branch, stage) for stage in segment.stages}
         done |= {(branch, stage) for branch in segment.branches for stage in segment.stages}
     assert done == {(unit.branch, unit.stage) for unit in pattern.units}
+
+
+def test_reads_of_nothing_order_nothing() -> None:
+    relay = split("u0@0(u1-) c0@0(c1-) u1@1 c1@1 | cfg")
+    assert text(relay) == ["u[0]@0", "c[0]@0", "u[1]@1", "c[1]@1"]
+    assert relay.is_exact
+    assert not split("u0@0(u1~) c0@0(c1~) u1@1 c1@1 | cfg").is_exact
+    assert dry_run([relay, relay]) == 8
+    assert Pattern.parse("p", relay.table, partition="split", stages=2) == relay
+    assert Pattern.model_validate_json(relay.model_dump_json()) == relay
+    assert "nothing" not in split("u0@0(u1~) c0@0(c1~) u1@1 c1@1 | cfg").model_dump_json()
