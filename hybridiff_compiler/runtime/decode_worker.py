@@ -25,10 +25,10 @@ from .connect import connect
 from .decode_ranks import DecodeCall, DecodeRank, decoder_to_share
 from .handover import pack_skeleton, raw_bytes, unpack_skeleton
 from .nccl import ENVIRONMENT
-from .processes import FAILED, JOINED, READY, WorkerPool, open_store, read_frame
+from .processes import FAILED, JOINED, READY, WorkerPool, die_with, open_store, read_frame
 from .settings import NumericSettings
 from .transport import Channel, PeerError, Transport, allocate
-from .worker import die_with, exit_at_end_of_input
+from .worker import exit_at_end_of_input
 
 __all__ = ["DecodeRanks", "main"]
 
