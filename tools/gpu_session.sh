@@ -18,8 +18,8 @@ if ! grep -q "[0-9] passed" "$folder/patterns.log"; then
     echo "nothing works yet; giving up early"
     exit 1
 fi
-run_tests failures 60 "failing_worker"
-run_tests others 170 "not every_pattern and not failing_worker"
+run_tests failures 150 "test_failures"
+run_tests others 170 "not every_pattern and not test_failures"
 touch "$folder/tested"
 wait "$bench"
 tail -c 5500 "$folder/bench.log"

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["CudaRecorder", "Recorder", "Replay", "record_plainly", "recorder_for", "seconds_per_call"]
+__all__ = ["CudaRecorder", "Recorder", "Replay", "memory_key", "record_plainly", "recorder_for", "seconds_per_call"]
 
 _WARM_UP_CALLS = 3
 
@@ -81,9 +81,10 @@ def recorder_for(device: torch.device) -> Recorder | None:
     return CudaRecorder(device) if device.type == "cuda" else None
 
 
-def seconds_per_call(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Time of `run` between CUDA events, or on the wall, after one call that does not count."""
-    run()
+def seconds_per_call(run: Callable[[], object], device: torch.device, repeats: int, *, warm_up: int = 1) -> float:
+    """Time of `run` between CUDA events, or on the wall, after `warm_up` calls that do not count."""
+    for _ in range(warm_up):
+        run()
     if device.type != "cuda":
         begin_s = time.perf_counter()
         for _ in range(repeats):
@@ -115,12 +116,30 @@ class Replay:
         """
         with torch.inference_mode(False):
             self._inputs = [torch.ones(tuple(shape), dtype=dtype, device=device) for shape, dtype in specs]
+        self._seen: dict[int, tuple[object, Tensor]] = {}
         self._call = call  # a graph's kernels read weights that nobody else may be holding on to
         self.replay, self._outputs = recorder(call, self._inputs)
 
-    def __call__(self, *arguments: Tensor) -> Sequence[Tensor]:
-        """Evaluate on `arguments`, which may live anywhere; the results are valid until the next call."""
-        for buffer, argument in zip(self._inputs, arguments, strict=True):
+    def __call__(self, *arguments: Tensor, leaves: int = 0) -> Sequence[Tensor]:
+        """Evaluate on `arguments`, which may live anywhere; the results are valid until the next call.
+
+        The first `leaves` arguments are copied only when they are not the memory that was copied last, unchanged since.
+        (Of the others that cannot be told: a transfer writes to a buffer without torch's knowledge.)
+        """
+        for index, (buffer, argument) in enumerate(zip(self._inputs, arguments, strict=True)):
+            if index < leaves:
+                key = memory_key(argument)
+                if key is not None and index in self._seen and self._seen[index][0] == key:
+                    continue
+                self._seen[index] = key, argument  # held on to, so that its memory is not handed out again
             buffer.copy_(argument, non_blocking=True)
         self.replay()
         return self._outputs
+
+
+def memory_key(tensor: Tensor) -> Sequence[object] | None:
+    """A key that is equal only for the same unchanged memory, while somebody holds on to it; None when that cannot be
+    told."""
+    if tensor.is_inference():
+        return None  # inference tensors count no versions
+    return (tensor.data_ptr(), tensor._version, tuple(tensor.shape), tensor.stride(), tensor.dtype)

@@ -73,10 +73,11 @@ class RankExecutor:
             images: per branch and call.
         """
         self.rank = rank
+        self._device, self._num_steps = next(denoiser.parameters()).device, plan.num_steps
         self.runner = runner = SegmentRunner(
             denoiser, scale_signature(plan.model.signature, 1, images), plan.patterns, plan.partitions, batch=images,
             backend=backend, captured=captured,
-            recorder=recorder or recorder_for(next(denoiser.parameters()).device),
+            recorder=recorder or recorder_for(self._device),
         )
         self._estimate_spec = runner.estimate_spec
         self._transport = transport
@@ -102,8 +103,17 @@ class RankExecutor:
         self.runner.prepare(self.segments, on_progress)
 
     def stage_seconds(self, name: str) -> float:
-        """Time of this rank's graphs of pattern `name` alone: no transfers, nothing else of a step."""
-        return sum(self.runner.seconds(launch.segment) for launch in self.flow(name).on(self.rank))
+        """Time of this rank's graphs of pattern `name` alone: no transfers, nothing else of a step.
+
+        On GPUs over as long as a generation takes, after as long again, because they lower their clocks within that
+        time when all ranks are at work.
+        """
+        launches = self.flow(name).on(self.rank)
+        if self._device.type != "cuda":
+            return sum(self.runner.seconds(launch.segment) for launch in launches)
+        return sum(
+            self.runner.seconds(launch.segment, self._num_steps, warm_up=self._num_steps) for launch in launches
+        )
 
     def reset(self) -> None:
         """A generation begins: let transfers under way finish, then forget all values."""
@@ -148,7 +158,8 @@ class RankExecutor:
                     written.update(zip(message.slots, awaited.pop(message).wait()))
             taken = {slot: self._values[slot] for slot in launch.stale}
             taken.update((slot, written[slot]) for slot in launch.fresh)
-            estimates, values = self.runner.run(launch.segment, inputs, taken)
+            # Other ranks than the driver's have sent theirs by the next run.
+            estimates, values = self.runner.run(launch.segment, inputs, taken, keep_estimates=self.rank == 0)
             if estimates and self.rank:
                 self._send_estimates(estimates)
             computed.update(estimates)

@@ -9,12 +9,13 @@ branch, whichever pattern that is. Leaves on a GPU follow the order as a message
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..backends.cuda_graph import memory_key
 from ..ir import BRANCHES, Branch, CallSignature
 from .transport import Channel, Incoming, Layout, Transport, allocate
 
@@ -138,7 +139,7 @@ class OrderOutbox:
         """
         for leaf in self._format.leaves:
             tensor = inputs[leaf[0]][leaf[1]]
-            key = _identity(tensor)
+            key = memory_key(tensor)
             if key is None or leaf not in self._seen or self._seen[leaf][0] != key:
                 self._seen[leaf] = key, tensor
                 self._version[leaf] += 1
@@ -250,10 +251,3 @@ class OrderInbox:
 def travels_apart(tensor: Tensor) -> bool:
     """Whether a leaf goes as a message of its own, so that the host need not wait for it to pack the order."""
     return tensor.is_cuda
-
-
-def _identity(tensor: Tensor) -> Sequence[object] | None:
-    """A key that is equal only for the same unchanged memory; None when that cannot be told."""
-    if tensor.is_inference():
-        return None  # inference tensors count no versions
-    return (tensor.data_ptr(), tensor._version, tuple(tensor.shape), tensor.stride(), tensor.dtype)

@@ -222,7 +222,8 @@ class SegmentRunner:
         on_progress(len(distinct), len(distinct))
 
     def run(
-        self, segment: Segment, inputs: Mapping[Branch, Mapping[str, Tensor]], values: Mapping[Slot, Tensor]
+        self, segment: Segment, inputs: Mapping[Branch, Mapping[str, Tensor]], values: Mapping[Slot, Tensor], *,
+        keep_estimates: bool = True,
     ) -> tuple[dict[Branch, Tensor], dict[Slot, Tensor]]:
         """Evaluate a segment.
 
@@ -230,6 +231,7 @@ class SegmentRunner:
             segment: what to run.
             inputs: per branch, leaf path -> tensor.
             values: at least the sources of `values_read(segment)`.
+            keep_estimates: whether estimates must last longer than until the next run (of any segment).
 
         Returns:
             The estimates by branch (empty unless the segment holds the last stage) and the written values.
@@ -241,7 +243,10 @@ class SegmentRunner:
         for name in graph.values_in:
             arguments.append(torch.cat([values[sources[b, name]] for b in segment.branches])
                              if len(segment.branches) > 1 else values[sources[segment.branches[0], name]])
-        results = list(graph.call(*arguments))
+        call = graph.call
+        results = list(
+            call(*arguments, leaves=len(graph.inputs)) if isinstance(call, Replay) else call(*arguments)
+        )
         estimates: dict[Branch, Tensor] = {}
         if segment.has_estimate:
             estimates = dict(zip(segment.branches, results.pop(0).chunk(len(segment.branches))))
@@ -250,17 +255,18 @@ class SegmentRunner:
             for branch, part in zip(segment.branches, result.chunk(len(segment.branches))):
                 written[branch, name] = part
         if self._recorder is not None:  # the next replay overwrites the results
-            estimates = {branch: estimate.clone() for branch, estimate in estimates.items()}
+            if keep_estimates:
+                estimates = {branch: estimate.clone() for branch, estimate in estimates.items()}
             written = {slot: self._keep(slot, value) for slot, value in written.items()}
         return estimates, written
 
     @torch.no_grad()
-    def seconds(self, segment: Segment, repeats: int = 20) -> float:
+    def seconds(self, segment: Segment, repeats: int = 20, warm_up: int = 1) -> float:
         """Time of one evaluation of a segment's bare graph, as it runs here: device time on CUDA, else wall time."""
         graph = self._graph(segment)
         call = graph.call
         run = call.replay if isinstance(call, Replay) else partial(call, *self._examples(graph))
-        return seconds_per_call(run, self._device, repeats)
+        return seconds_per_call(run, self._device, repeats, warm_up=warm_up)
 
     def _examples(self, graph: _Graph) -> list[Tensor]:
         return [torch.ones(shape, dtype=dtype, device=self._device) for shape, dtype in graph.specs]

@@ -32,6 +32,52 @@ def test_replay_copies_arguments_in_and_overwrites_its_results() -> None:
     assert same.tolist() == [5, 5]
 
 
+def test_leaves_that_did_not_change_are_not_copied_again() -> None:
+    replay = Replay(lambda a, b: (a + b,), [((2,), torch.float32)] * 2, torch.device("cpu"), record_plainly)
+    leaf, value = torch.ones(2), torch.ones(2)
+    assert replay(leaf, value, leaves=1)[0].tolist() == [2, 2]
+    replay._inputs[0].fill_(7)
+    replay._inputs[1].fill_(7)
+    assert replay(leaf, value, leaves=1)[0].tolist() == [8, 8], "values are always copied"
+    leaf.add_(1)
+    assert replay(leaf, value, leaves=1)[0].tolist() == [3, 3], "written to"
+    assert replay(leaf[:1].expand(2), value, leaves=1)[0].tolist() == [3, 3]
+    for number in range(3):  # new tensors never have the address of the one that was copied last
+        assert replay(torch.full((2,), float(number)), value, leaves=1)[0].tolist() == [number + 1] * 2
+    with torch.inference_mode():
+        hidden = torch.zeros(2)
+        replay(hidden, value, leaves=1)
+        hidden.add_(4)
+        assert replay(hidden, value, leaves=1)[0].tolist() == [5, 5], "inference tensors count no versions"
+
+
+def test_a_step_copies_only_what_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = TinyPipeline()
+    plan = tiny_plan(pipe).with_steps(("branch",) * 8)
+    simulator = Simulator(plan, pipe.denoiser, recorder=record_plainly)
+    copied: list[int] = []
+    original = torch.Tensor.copy_
+
+    def copy_(tensor: torch.Tensor, *arguments, **options):  # type: ignore[no-untyped-def]
+        copied[-1] += sum(tensor is buffer for replay in replays for buffer in replay._inputs)
+        return original(tensor, *arguments, **options)
+
+    step, replays = simulator.step, []
+
+    def counted(call):  # type: ignore[no-untyped-def]
+        copied.append(0)
+        pair = step(call)
+        replays[:] = [graph.call for graph in simulator._runners[1]._graphs.values()]
+        return pair
+
+    simulator.step = counted  # type: ignore[method-assign]
+    monkeypatch.setattr(torch.Tensor, "copy_", copy_)
+    with intercept(pipe, simulator):
+        pipe(1)
+    # One graph runs both branches in turn here; each has latents and a prompt of its own, the timestep is shared.
+    assert copied[2:] == [5] * 6, copied
+
+
 @pytest.mark.parametrize(("tables", "ranks"), [(TWO_RANKS, 2), (FOUR_RANKS, 4)])
 def test_replayed_graphs_compute_the_same(tables: tuple, ranks: int, simulate: Simulate) -> None:
     pipe = TinyPipeline()
