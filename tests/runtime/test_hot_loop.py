@@ -39,9 +39,9 @@ def test_a_step_reads_nothing_back_and_allocates_only_the_estimate(
     buffers = len(transport._buffers)
     run, step, steps = driver._executor.runner.run, driver.step, []
 
-    def graph_only(*args: Any) -> Any:
+    def graph_only(*args: Any, **options: Any) -> Any:
         with torch._C._DisableTorchDispatch():  # the graph's own operations do not count
-            return run(*args)
+            return run(*args, **options)
 
     def counted(call: Any) -> Any:
         with _Count() as count:
