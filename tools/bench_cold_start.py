@@ -5,7 +5,7 @@
     python tools/bench_cold_start.py bundled:unet bundled:mmdit --device cpu --one-at-a-time -o cold.json
 
 Every start is a process of its own, with empty caches of the compilers but for the one that starts again. The bundle is
-built while the process that starts from the plan compiles, at the lowest priority (with `--one-at-a-time` before it);
+built while the process that starts from the plan compiles, at a lower priority (with `--one-at-a-time` before it);
 latencies per image are always timed alone.
 """
 
@@ -133,7 +133,7 @@ def _start(arguments: argparse.Namespace, model: str, work: Path, role: str) -> 
     command += ["--random-weights"] if arguments.random_weights else []
     command += [f"--pixels={arguments.pixels}"] if arguments.pixels else []
     if role == "build" and not arguments.one_at_a_time:
-        command = ["nice", "-n", "19", *command]
+        command = ["nice", "-n", "5", *command]
     cache = "plan" if role == "again" else role
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(work / f"cache-{cache}"), "USE_FLAX": "0"}
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_CACHE_DIR"}

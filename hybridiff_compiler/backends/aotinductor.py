@@ -32,6 +32,10 @@ _OPTIONS: dict[str, Any] = {
     # Otherwise the number of threads at compile time is written into the code.
     "cpp.dynamic_threads": True,
 }
+_ON_GPUS: dict[str, Any] = {
+    # The host's part of the code runs only until it is recorded as a CUDA graph; optimising it takes longer than that.
+    "aot_inductor.compile_wrapper_opt_level": "O0",
+}
 _INLINED_ELEMENTS = 8
 """Vectors and scalars of up to so many elements are written into the code by inductor."""
 
@@ -118,7 +122,7 @@ class AotInductor:
 
     def __init__(self, options: Mapping[str, Any] | None = None) -> None:
         """`options`: inductor options on top of the ones that make a package without weights."""
-        self._options = _OPTIONS | dict(options or {})
+        self._options = dict(options or {})
 
     def missing(self) -> str | None:
         """See `ArtifactBackend.missing`."""
@@ -146,6 +150,7 @@ class AotInductor:
         compiler = sharing_compiler()
         if compiler is None:
             raise InputError(f"aotinductor {NO_COMPILER}")
+        options = _OPTIONS | (_ON_GPUS if job.target.device == "cuda" else {}) | {"cpp.cxx": (None, compiler)}
         arguments = example_arguments(job.stage)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -153,8 +158,7 @@ class AotInductor:
             arguments += tuple(tensor.detach() for tensor in small.values())
             program = torch.export.export(module, arguments, strict=False)
             torch._inductor.aoti_compile_and_package(
-                program, package_path=str(file),
-                inductor_configs={"cpp.cxx": (None, compiler)} | self._options,
+                program, package_path=str(file), inductor_configs=options | self._options
             )
         weights = stage_weights(job.stage)
         package = _open_package(file, _device_index(weights))
