@@ -84,12 +84,11 @@ def _measure(arguments: argparse.Namespace, model: str, work: Path) -> dict[str,
         (work / "plan-go").touch()
         _wait(plan, work / "plan.result.json", deadline)
         plan.wait()
-        (work / "again-go").touch()
-        again = start("again")
-        _wait(again, work / "again.result.json", deadline)
-        again.wait()
-        (work / "bundle-go").touch()
-        _wait(start("bundle"), work / "bundle.result.json", deadline)
+        for role in ("bundle", "again"):
+            (work / f"{role}-go").touch()
+            process = start(role)
+            _wait(process, work / f"{role}.result.json", deadline)
+            process.wait()
     except _Unfinished as error:
         failure = str(error)
     finally:
@@ -102,9 +101,10 @@ def _measure(arguments: argparse.Namespace, model: str, work: Path) -> dict[str,
         file = work / f"{name}.json"
         if file.exists():
             found[name.removesuffix("-started").removesuffix(".result")] = json.loads(file.read_text())
-    if failure is None:
+    if "again" in found:
+        found["again_ratio"] = found["plan"]["first_image_s"] / found["again"]["first_image_s"]
+    if {"plan", "bundle"} <= found.keys() and (work / "bundle.result.json").exists():
         one, other = found["plan"], found["bundle"]
-        found["again_ratio"] = one["first_image_s"] / found["again"]["first_image_s"]
         found["start_ratio"] = one["first_image_s"] / other["first_image_s"]
         found["own_start_ratio"] = _own_start_s(one) / _own_start_s(other)
         found["latency_ratio"] = other["latency_s"] / one["latency_s"]
