@@ -33,6 +33,8 @@ def command(
     costs: Annotated[str, typer.Option(help="measured, or work: denoiser evaluations, whatever the hardware.")] =
     "measured",
     without: Annotated[list[str] | None, typer.Option(help="A family of patterns not to use, e.g. reuse.")] = None,
+    weights: Annotated[str, typer.Option(
+        help="stages: every rank holds the parameters of its stages only, for models that do not fit one.")] = "whole",
     pareto: Annotated[bool, typer.Option("--pareto", help="Print the whole frontier instead of one plan.")] = False,
     png: Annotated[Path | None, typer.Option(help="With --pareto: also plot it to this PNG file.")] = None,
     html: Annotated[Path | None, typer.Option(help="With --pareto: also write this HTML page.")] = None,
@@ -64,12 +66,16 @@ def command(
     in_fleet = objective is not None or arrival_rate is not None
     if in_fleet + pareto + (adaptive is not None) > 1:
         raise UsageError("--pareto, --adaptive and --objective (or --arrival-rate) ask different things; give one")
+    if weights != "whole" and (in_fleet or adaptive is not None):
+        raise UsageError("--weights goes with a single plan or --pareto, not with --adaptive, --objective or "
+                         "--arrival-rate")
+    dividing: dict[str, Any] = {"weights": weights}
     for file in (output, png, html):
         check_writable(file)
     with opened(json_mode) as out:
         loaded = Profile.load(profile)
         if pareto:
-            _pareto(out, loaded, gpus, scope, png, html)
+            _pareto(out, loaded, gpus, scope | dividing, png, html)
         elif in_fleet:
             from ..planner import plan_fleet
 
@@ -87,7 +93,7 @@ def command(
         else:
             from ..planner import plan as solve
 
-            _show(out, solve(loaded, gpus=gpus, **target, **scope), output)
+            _show(out, solve(loaded, gpus=gpus, **target, **scope, **dividing), output)
 
 
 def _show(out: Output, solved: Plan, output: Path | None, fleet: Fleet | None = None) -> None:

@@ -13,6 +13,7 @@ from .cost import CostModel, StepCost
 from .patterns import FAMILIES, exact_patterns, family_of
 from .placement import fastest_placement
 from .robust import quantile_offset_db, quantile_reserve_db
+from .stage_only import WEIGHTS, on_own_stages, relay_pattern, stage_partition
 from .tables import StepTable, schedule_errors, step_tables
 from .work import in_work_units
 from .worlds import check_gpus
@@ -25,7 +26,7 @@ class Problem:
 
     def __init__(
         self, profile: Profile, gpus: int, without: Iterable[str] = (), extra: Sequence[Pattern] = (),
-        ranks: Sequence[RankSpec] | None = None,
+        ranks: Sequence[RankSpec] | None = None, weights: str = "whole",
     ) -> None:
         """
         Args:
@@ -34,24 +35,35 @@ class Problem:
             without: families to leave out.
             extra: further candidates, `without` or not.
             ranks: the ranks where they differ in speed; default: all as profiled.
+            weights: `stages`: only patterns in which every rank evaluates one and the same stage (`stage_only`).
 
         Raises:
             UsageError: `gpus` is out of range or not the number of ranks, or `without` names an unknown family.
+            InputError: `stages`, and the profile has no partition for it.
         """
         check_gpus(gpus)
         if ranks is not None and len(ranks) != gpus:
             raise UsageError(f"got {len(ranks)} ranks for {gpus} GPUs; describe every rank once")
-        self.profile, self.gpus = profile, gpus
+        if weights not in WEIGHTS:
+            raise UsageError(f"got weights={weights!r}; choose from {', '.join(WEIGHTS)}")
+        if weights == "stages" and gpus < 2:
+            raise UsageError("weights='stages' divides a model among 2 ranks or more, got 1")
+        self.profile, self.gpus, self.weights = profile, gpus, weights
         self._model = CostModel(profile, ranks)
         speeds = None if ranks is None else [rank.speed for rank in ranks]
         single, *divided = exact_patterns(gpus)
         exact = [single, *(fastest_placement(pattern, gpus, self._model, speeds) for pattern in divided)]
         cheap = [fastest_placement(p, gpus, self._model, speeds) for p in profile.patterns if not p.is_exact]
+        if weights == "stages":
+            partition = stage_partition(profile, gpus)
+            exact = [single, relay_pattern(partition)]
+            cheap = list(on_own_stages(profile.patterns, partition))
         self.excluded = _check_families(without, cheap)
-        chosen = [*exact, *(p for p in cheap if family_of(p.name) not in self.excluded), *extra]
+        offered = exact if weights == "whole" else exact[1:]
+        chosen = [*offered, *(p for p in cheap if family_of(p.name) not in self.excluded), *extra]
         self.patterns: tuple[Pattern, ...] = tuple({pattern.name: pattern for pattern in chosen}.values())
         self.exact = exact[-1]
-        """`branch`, or `single` on one rank."""
+        """`branch`, or `single` on one rank, or the relay."""
         self.single = exact[0]
 
     @cached_property
@@ -62,7 +74,7 @@ class Problem:
     @cached_property
     def costs(self) -> dict[str, StepCost]:
         """Step costs of the candidates by name."""
-        return {pattern.name: self._model.step(pattern) for pattern in self.patterns}
+        return {pattern.name: self._model.step(pattern) for pattern in (self.single, *self.patterns)}
 
     @cached_property
     def tables(self) -> tuple[StepTable, ...]:
@@ -117,7 +129,7 @@ class Problem:
     def work(self) -> dict[str, float]:
         """Denoiser evaluations on the critical path of one step, by pattern name; see `work`."""
         units = CostModel(in_work_units(self.profile))
-        return {pattern.name: units.step(pattern).ideal_s for pattern in self.patterns}
+        return {pattern.name: units.step(pattern).ideal_s for pattern in (self.single, *self.patterns)}
 
     def work_speedup(self, steps: Sequence[str]) -> float | None:
         """Evaluations of the one-rank run over those of a schedule; None when that has none."""

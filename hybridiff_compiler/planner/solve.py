@@ -79,6 +79,7 @@ def plan(
     without: Iterable[str] = (),
     device: str | None = None,
     speeds: Sequence[float] | None = None,
+    weights: str = "whole",
 ) -> Plan:
     """The best plan for a target.
 
@@ -99,6 +100,8 @@ def plan(
         device: `cpu` or `cuda`; default: where the profile was measured.
         speeds: of every rank, relative to the profiled device, where they differ; rank 0 is the driver and the one
             that speed-ups are over.
+        weights: `stages`: every rank holds the parameters of its stages only, for models that do not fit one; only
+            patterns that allow that are used, and calls that the plan does not cover are refused when it runs.
 
     Raises:
         UsageError: no target or too many, or an argument out of range.
@@ -114,6 +117,7 @@ def plan(
         *([f"without={','.join(without)}"] if without else []),
         *([] if num_inference_steps is None else [f"steps={num_inference_steps}"]),
         *([] if strength == 1 else [f"strength={strength:g}"]),
+        *([] if weights == "whole" else [f"weights={weights}"]),
     ])
     check_gpus(gpus)
     if costs not in COSTS:
@@ -122,12 +126,15 @@ def plan(
         raise UsageError("work has no milliseconds; ask for a speedup, or plan with measured costs")
     ranks = _ranks(_device(profile, device), gpus, speeds)
     scaled = at_steps(profile, num_inference_steps, strength=strength)
+    if policy == "paper" and weights != "whole":
+        raise UsageError("the policy 'paper' has whole exact steps on every rank; use weights='whole' with it")
     if policy == "paper":
         return _paper_plan(scaled, gpus, without, ranks, asked, profile)
-    problem = Problem(scaled, gpus, without, ranks=ranks)
+    problem = Problem(scaled, gpus, without, ranks=ranks, weights=weights)
     if policy == "exact":
         return plan_for_steps(problem, (problem.exact.name,) * scaled.num_steps, ranks, asked, source=profile)
-    solving = problem if costs == "measured" else Problem(in_work_units(scaled), gpus, without, ranks=ranks)
+    solving = problem if costs == "measured" else Problem(
+        in_work_units(scaled), gpus, without, ranks=ranks, weights=weights)
     solved = solve_problem(solving)
     point = target.choose(solving, solved)
     return plan_for_steps(
@@ -138,7 +145,7 @@ def plan(
 
 def frontier(
     profile: Profile, gpus: int = 2, without: Iterable[str] = (), *, quantile: float | None = None,
-    num_inference_steps: int | None = None, strength: float = 1.0, costs: str = "measured",
+    num_inference_steps: int | None = None, strength: float = 1.0, costs: str = "measured", weights: str = "whole",
 ) -> list[FrontierPoint]:
     """Every Pareto-optimal trade of predicted latency against predicted error, fastest first; arguments as for `plan`.
 
@@ -149,7 +156,7 @@ def frontier(
         InputError: the profile has no pattern errors.
     """
     scaled = at_steps(profile, num_inference_steps, strength=strength)
-    problem = Problem(in_work_units(scaled) if costs == "work" else scaled, gpus, without)
+    problem = Problem(in_work_units(scaled) if costs == "work" else scaled, gpus, without, weights=weights)
     problem.quantile_offset_db(quantile, 0.0)  # refused before the work starts
     solved = solve_problem(problem)
     points = []
@@ -201,8 +208,10 @@ def make_plan(
     peaks = predicted_peaks(
         profile.graph, profile.model.signature, patterns, partitions, ranks=len(ranks),
         parameter_bytes=profile.model.parameter_bytes, recorded=ranks[0].device == "cuda",
+        stage_weights=problem.weights == "stages",
     )
     return Plan(
+        weights="stages" if problem.weights == "stages" else "whole",
         model=profile.model, ranks=ranks, partitions=partitions, patterns=tuple(patterns), exact=problem.exact.name,
         schedule=schedule, predictions=predictions.model_copy(update={"peak_bytes": peaks}), certificate=certificate,
         provenance=PlanProvenance(

@@ -12,12 +12,12 @@ SURFACE = {
     "profile": [
         "MODEL", "--output/-o", "--prompt", "--prompts", "--limit", "--steps", "--guidance-scale", "--height",
         "--width", "--seed", "--threads", "--device", "--dtype", "--errors-from", "--costs-only",
-        "--random-weights", "--gpus", "--backend", "--jobs", "--estimate", "--fit", "--quick", "--full", "--restart",
-        "--json",
+        "--random-weights", "--gpus", "--backend", "--jobs", "--max-seconds", "--estimate", "--fit", "--quick", "--full",
+        "--restart", "--json",
     ],
     "plan": [
         "PROFILE", "--gpus", "--min-psnr", "--speedup", "--max-latency-ms", "--policy", "--quantile", "--adaptive",
-        "--steps", "--strength", "--costs", "--without", "--pareto", "--png", "--html", "--objective",
+        "--steps", "--strength", "--costs", "--without", "--weights", "--pareto", "--png", "--html", "--objective",
         "--arrival-rate", "--percentile", "--output/-o", "--json",
     ],
     "compile": ["PLAN", "MODEL", "--output/-o", "--backend", "--target", "--jobs/-j", "--json"],
