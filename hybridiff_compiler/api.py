@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ def profile(
     errors_from: Profile | None = None,
     backend: str | None = None,
     partial: Path | None = None,
+    helpers: int | None = None,
     on_progress: Any = None,
     **options: Any,
 ) -> Profile:
@@ -56,6 +58,8 @@ def profile(
         backend: what stages are timed with, `eager` or `inductor` (default: inductor on CUDA, eager elsewhere).
         partial: file for the state of an unfinished session: written as parts finish, continued when it exists, deleted
             at the end.
+        helpers: processes that share the work on the errors with this one, each with a copy of the pipeline (default:
+            one per further core, three at most, on a CPU with a pipeline of up to 1 GiB; else none).
         on_progress: called with (stage, done, total).
         **options: further keyword arguments of the pipeline call (height, width, negative_prompt, ...).
 
@@ -97,6 +101,7 @@ def profile(
         rounds=5 if quick else 15,
         backend=_backend(find_denoiser(pipe)[1], backend),
         partial=partial,
+        helpers=_helpers(pipe) if helpers is None else helpers,
         tables_for=f"GPUs {worlds}" + (f", link {link}" if link is not None else ""),
         on_progress=on_progress,
     )
@@ -212,3 +217,15 @@ def _backend(denoiser: Any, wanted: str | None) -> str:
     if wanted is not None:
         return wanted
     return "inductor" if next(denoiser.parameters()).device.type == "cuda" else "eager"
+
+
+def _helpers(pipe: Any) -> int:
+    """How many processes may share the work on a pipeline's errors with this one."""
+    from torch import nn
+
+    parts = [part for part in getattr(pipe, "components", {}).values() if isinstance(part, nn.Module)]
+    weights = [parameter for part in parts for parameter in part.parameters()]
+    if any(weight.device.type != "cpu" for weight in weights) or sum(weight.nbytes for weight in weights) > 1 << 30:
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(3, cores - 1)

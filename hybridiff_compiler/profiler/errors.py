@@ -31,12 +31,14 @@ from ..ir import (
     Redundancy,
 )
 from ..quality import MAX_PSNR_DB, psnr
+from ..runtime.intercept import find_denoiser
 from ..runtime.segments import SegmentRunner, scale_signature
 from ..runtime.simulator import Simulator
 from .attribution import grouped_errors
 from .compounding import MeasuredSchedule
 from .curves import error_curves
 from .decode import decoder_of
+from .error_helpers import ErrorHelpers
 from .generate import Generation
 from .grid import THINNED, Grid
 from .linear import sampler_map
@@ -88,6 +90,11 @@ class _Batch:
     changes: list[dict[str, float]] = field(default_factory=list)
     sketches: Sketches | None = None
 
+    @property
+    def name(self) -> str:
+        """In the `Partial`."""
+        return f"prompts {self.first}-{self.first + len(self.prompts) - 1}"
+
 
 class ErrorMeasurement:
     """Measures one pipeline's prompts over a given set of tables."""
@@ -96,14 +103,28 @@ class ErrorMeasurement:
         self,
         generation: Generation,
         prompts: Sequence[str],
-        denoiser: nn.Module,
+        denoiser: nn.Module | None,
         signature: CallSignature,
         partitions: Sequence[Partition],
         patterns: Sequence[Pattern],
         settings: ErrorSettings,
         partial: Partial,
         on_progress: Progress = lambda stage, done, total: None,
+        helpers: ErrorHelpers | None = None,
     ) -> None:
+        """
+        Args:
+            generation, prompts: what is generated.
+            denoiser: of the pipeline, unless it is to be found.
+            signature: one branch's call.
+            partitions, patterns: the tables.
+            settings: how finely.
+            partial: keeps what is finished.
+            on_progress: called with (stage, done, total).
+            helpers: processes that share the work.
+        """
+        self._helpers = helpers or ErrorHelpers(0, 1, None)
+        denoiser = find_denoiser(generation.pipe)[1] if denoiser is None else denoiser
         self._generation, self._denoiser, self._signature = generation, denoiser, signature
         self._partitions, self._patterns = tuple(partitions), tuple(patterns)
         self._settings, self._partial, self._progress = settings, partial, on_progress
@@ -112,7 +133,8 @@ class ErrorMeasurement:
         self._runners: dict[int, SegmentRunner] = {}
         size = settings.images_per_batch
         curved = list(prompts)[: settings.curve_prompts]
-        self._batches = [_Batch(k, curved[k : k + size]) for k in range(0, len(curved), size)]
+        half = min(size, -(-len(curved) // 2))  # two batches, for two processes
+        self._batches = [_Batch(k, curved[k : k + half]) for k in range(0, len(curved), half)]
         self._batches += [
             _Batch(k, list(prompts)[k : k + size]) for k in range(len(curved), len(prompts), size)
         ]
@@ -120,15 +142,22 @@ class ErrorMeasurement:
 
     def curves(self) -> Curves:
         """Run every prompt exactly; errors by step and age on the first ones."""
+        missing = []
         for number, batch in enumerate(self._batches):
-            name = f"prompts {batch.first}-{batch.first + len(batch.prompts) - 1}"
-            kept = self._partial.get(name)
+            kept = self._partial.get(batch.name)
             if kept is not None:
                 self._restore(batch, *kept)
             else:
-                self._record(batch, number)
-                self._partial.put(name, *self._kept(batch))
-            self._progress("exact runs, errors by step and age", number + 1, len(self._batches))
+                missing.append(number)
+
+        def done(number: int, kept: tuple[dict[str, Any], dict[str, Tensor]]) -> None:
+            batch = self._batches[number]
+            self._partial.put(batch.name, *kept)
+            self._restore(batch, kept[1], kept[0])
+            left = sum(not batch.rel_mae for batch in self._batches)
+            self._progress("exact runs, errors by step and age", len(self._batches) - left, len(self._batches))
+
+        self._helpers.share("prompts", missing, self.prompts, done)
         steps = len(self._batches[0].rel_mae[0])
         sketches = [batch.sketches for batch in self._batches if batch.sketches is not None]
         rel_mae = [row for batch in self._batches for row in batch.rel_mae]
@@ -177,34 +206,53 @@ class ErrorMeasurement:
             errors: the curves, for the schedules' errors by kind.
             proposals: (steps, kind), like ones next to each other.
         """
-        decode = decoder_of(self._generation.pipe, self._generation.options)
         blocks = self._blocks()
-        by_name, measured = {pattern.name: pattern for pattern in self._patterns}, []
+        by_name, values = {pattern.name: pattern for pattern in self._patterns}, dict[int, list[float]]()
         known = {each.pattern: each for each in errors}
-        for number, (steps, kind) in enumerate(proposals):
-            self._progress("whole schedules", number, len(proposals))
-            block = number % len(blocks)
-            schedule = FixedSchedule(steps=steps)
-            name = f"schedule {block} {schedule}"
+        names = [f"schedule {n % len(blocks)} {FixedSchedule(steps=steps)}" for n, (steps, _) in enumerate(proposals)]
+        for number, name in enumerate(names):
             kept = self._partial.get(name)
-            if kept is None:
-                plan = Plan(
-                    model=model, ranks=(RankSpec(device="cpu"),) * self._exact.world_size,
-                    partitions=self._partitions, patterns=self._patterns, exact=self._exact.name, schedule=schedule,
-                )
-                simulator = Simulator(plan, self._denoiser, runners=self._runners)
-                values: list[float] = []
-                for batch in blocks[block]:
-                    self._runner(len(batch.prompts))
-                    final = self._generation.latents(batch.prompts, simulator, batch.first)
-                    reference = decode(batch.final.to(final))
-                    values += [min(value, MAX_PSNR_DB) for value in psnr(decode(final), reference)]
-                self._partial.put(name, values)
-            else:
-                values = kept[1]
-            measured.append(MeasuredSchedule(grouped_errors(by_name, known, steps), tuple(values), block, kind))
-        self._progress("whole schedules", len(proposals), len(proposals))
-        return measured
+            if kept is not None:
+                values[number] = kept[1]
+
+        def done(task: tuple[int, tuple[str, ...], int], psnrs: list[float]) -> None:
+            self._partial.put(names[task[0]], psnrs)
+            values[task[0]] = psnrs
+            self._progress("whole schedules", len(values), len(proposals))
+
+        tasks = [(n, steps, n % len(blocks)) for n, (steps, _) in enumerate(proposals) if n not in values]
+        context = (model, blocks)
+        self._helpers.share("schedule", tasks, lambda task: self.schedule(task, context), done, context)
+        return [
+            MeasuredSchedule(grouped_errors(by_name, known, steps), tuple(values[n]), n % len(blocks), kind)
+            for n, (steps, kind) in enumerate(proposals)
+        ]
+
+    def prompts(self, number: int, context: None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Run batch `number` of the prompts: what `Partial` keeps of it."""
+        batch = self._batches[number]
+        self._record(batch, number)
+        return self._kept(batch)
+
+    @torch.no_grad()
+    def schedule(
+        self, task: tuple[int, tuple[str, ...], int], context: tuple[ModelInfo, list[list[_Batch]]]
+    ) -> list[float]:
+        """PSNR per prompt of one schedule (number, steps, block) on one of the blocks of `context`."""
+        (_, steps, block), (model, blocks) = task, context
+        decode = decoder_of(self._generation.pipe, self._generation.options)
+        plan = Plan(
+            model=model, ranks=(RankSpec(device="cpu"),) * self._exact.world_size, partitions=self._partitions,
+            patterns=self._patterns, exact=self._exact.name, schedule=FixedSchedule(steps=steps),
+        )
+        simulator = Simulator(plan, self._denoiser, runners=self._runners)
+        values: list[float] = []
+        for batch in blocks[block]:
+            self._runner(len(batch.prompts))
+            final = self._generation.latents(batch.prompts, simulator, batch.first)
+            reference = decode(batch.final.to(final))
+            values += [min(value, MAX_PSNR_DB) for value in psnr(decode(final), reference)]
+        return values
 
     def _blocks(self) -> list[list[_Batch]]:
         """The prompts in blocks of about a dozen, two at least; a single prompt makes one. No gradients are kept, so
@@ -282,8 +330,8 @@ class ErrorMeasurement:
             change[name] = tuple(float(f"{value:.4g}") for value in counts @ rows / counts.sum())
         return Redundancy(change=change)
 
-    def _kept(self, batch: _Batch) -> tuple[Mapping[str, object], dict[str, Tensor]]:
-        data: dict[str, object] = {"rel_mae": batch.rel_mae, "changes": batch.changes}
+    def _kept(self, batch: _Batch) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        data: dict[str, Any] = {"rel_mae": batch.rel_mae, "changes": batch.changes}
         tensors = {"final": batch.final}
         if batch.sketches is not None:
             entries = [

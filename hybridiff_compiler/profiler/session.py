@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ..runtime.intercept import find_denoiser
 from ..runtime.segments import SegmentRunner
 from .attribution import weighted
 from .compounding import fit_schedules
+from .error_helpers import ErrorHelpers
 from .errors import ErrorMeasurement, ErrorSettings
 from .generate import FirstCall, Generation, noise_levels, prompts_digest
 from .partial import Partial, weights_digest
@@ -59,6 +61,7 @@ class ProfileSession:
         random_weights: bool = False,
         partial: Path | None = None,
         tables_for: str = "",
+        helpers: int = 0,
         on_progress: Progress | None = None,
     ) -> None:
         """
@@ -74,6 +77,7 @@ class ProfileSession:
             random_weights: mark the profile as good for latency only.
             partial: file that keeps the state of an unfinished session; one that exists is continued.
             tables_for: tells apart sessions over different tables, for `partial`.
+            helpers: processes that share the work on the errors with this one, each with a copy of the pipeline.
             on_progress: called with (stage, done, total).
         """
         if not prompts:
@@ -83,6 +87,7 @@ class ProfileSession:
         self._scales = [scale for scale in dict.fromkeys(guidance_scales) if scale != generation.guidance_scale]
         self._rounds, self._backend, self._partial_path = rounds, backend, partial
         self._random_weights, self._tables_for = random_weights, tables_for
+        self._helpers = helpers
         self._progress: Progress = on_progress or (lambda stage, done, total: None)
         _, self._denoiser = find_denoiser(generation.pipe)
 
@@ -162,10 +167,19 @@ class ProfileSession:
     def _with_errors(
         self, costs: Costs, graph: LayerGraph, levels: tuple[float, ...], proposals: Proposals, partial: Partial
     ) -> Profile:
-        measurement = ErrorMeasurement(
-            self._generation, self._prompts, self._denoiser, self._signature, self._partitions, self._patterns,
-            self._errors, partial, self._progress,
-        )
+        threads = max(1, torch.get_num_threads() // (1 + self._helpers))
+        arguments: dict[str, Any] = {
+            "generation": self._generation, "prompts": self._prompts, "denoiser": None, "signature": self._signature,
+            "partitions": self._partitions, "patterns": self._patterns, "settings": self._errors,
+        }
+        with pinned_threads(threads), closing(ErrorHelpers(self._helpers, threads, arguments)) as helpers:
+            measurement = ErrorMeasurement(**arguments, partial=partial, on_progress=self._progress, helpers=helpers)
+            return self._judged(measurement, costs, graph, levels, proposals, partial)
+
+    def _judged(
+        self, measurement: ErrorMeasurement, costs: Costs, graph: LayerGraph, levels: tuple[float, ...],
+        proposals: Proposals, partial: Partial,
+    ) -> Profile:
         curves = measurement.curves()
         profile = Profile(
             model=self._model(graph), graph=graph, costs=costs, num_steps=curves.num_steps,

@@ -10,12 +10,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import pickle
 import signal
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -30,8 +26,8 @@ from torch import Tensor, nn
 from ..capture import CapturedDenoiser
 from ..ir import Branch, CallSignature
 from ..runtime.handover import pack_skeleton
-from ..runtime.processes import read_frame, write_frame
 from .jobs import GraphBuilder, Job, Sampler
+from .processes import Process
 from .timing import Timing, summary, take_turns
 
 __all__ = ["Alone", "LocalTimers", "ProcessTimers", "Timers", "share_tensors", "timers_for"]
@@ -42,9 +38,9 @@ Progress = Callable[[int, int], None]
 Timings = dict[Hashable, tuple[Timing, ...]]
 """Per job: of the segment, or of every layer."""
 
+_WORKER = "hybridiff_compiler.profiler.timer_worker"
 _QUIET_S = 0.3
 """After which what a stopped process had queued on a GPU has run out."""
-_TAIL_BYTES = 2000
 _FIRST_SAMPLES = 3
 
 
@@ -158,13 +154,14 @@ class ProcessTimers:
         self._local = LocalTimers(GraphBuilder(denoiser, signature, inputs), self.undisturbed)
         self._open: set[Hashable] = set()
         """Started, neither built nor failed."""
-        self._place: dict[Hashable, _Process] = {}
+        self._place: dict[Hashable, Process] = {}
         self._first: Timings = {}
         """Times taken when a graph had just been built: what there is when its process is busy at the deadline."""
         self._batch: list[Hashable] = []
         """Started since the last `finish`."""
         self._ended = False
-        self._processes: list[_Process] = []
+        self._processes: list[Process] = []
+        self._busy: set[Process] = set()
         device = next(denoiser.parameters()).device
         skeleton, weights = pack_skeleton(denoiser)
         leaves = [(branch, path, tensor) for branch, side in inputs.items() for path, tensor in side.items()]
@@ -174,7 +171,7 @@ class ProcessTimers:
         }
         tensors = [*weights, *(tensor for *_, tensor in leaves)]
         for _ in range(count):
-            process = _Process(threads)
+            process = Process(_WORKER, threads)
             self._processes.append(process)
             threading.Thread(
                 target=self._serve, args=(process, head, skeleton, tensors), daemon=True
@@ -198,7 +195,9 @@ class ProcessTimers:
                 self._changed.wait(min(left, 5.0))
             self._queue = [(key, job) for key, job in self._queue if key not in wanted]
             self._open -= set(wanted)
-            ready = {key: self._place[key] for key in wanted if key in self._place and self._place[key].idle}
+            ready = {
+                key: self._place[key] for key in wanted if key in self._place and self._place[key] not in self._busy
+            }
         on_progress(len(wanted), len(wanted))
         try:
             times = _in_turns(
@@ -246,7 +245,7 @@ class ProcessTimers:
     def _alive(self) -> bool:
         return any(process.running for process in self._processes)
 
-    def _serve(self, process: _Process, head: Any, skeleton: bytes, tensors: list[Tensor]) -> None:
+    def _serve(self, process: Process, head: Any, skeleton: bytes, tensors: list[Tensor]) -> None:
         """One process's thread: hand over the denoiser, then job after job."""
         key: Hashable = None
         try:
@@ -255,18 +254,17 @@ class ProcessTimers:
             with self._turn:  # sharing keeps account of references, which is not made for threads
                 shared = share_tensors(tensors)
             process.write(shared)
-            process.ask({"do": "load"})
+            _ask(process, {"do": "load"})
             while True:
                 with self._changed:
                     while not self._queue and not self._ended:
-                        process.idle = True
                         self._changed.wait()
                     if self._ended:
                         return
                     key, job = self._queue.pop(0)
-                    process.idle = False
+                    self._busy.add(process)
                 began = time.monotonic()
-                process.ask({"do": "build", "key": repr(key), "job": job.model_dump(mode="json")})
+                _ask(process, {"do": "build", "key": repr(key), "job": job.model_dump(mode="json")})
                 took = time.monotonic() - began
                 with self.undisturbed({process}):
                     sampler = _remote(process, key)
@@ -275,7 +273,7 @@ class ProcessTimers:
                     self._first[key] = tuple(summary(list(column)) for column in zip(*samples))
                     self._place[key] = process
                     self._open.discard(key)
-                    process.idle = True
+                    self._busy.discard(process)
                     self._changed.notify_all()
                 self._note(f"{key}: built in {took:.0f} s, {1e3 * sum(map(sum, samples)) / len(samples):.3f} ms")
         except Exception as error:
@@ -288,64 +286,6 @@ class ProcessTimers:
                 if not self._alive():
                     self._open.clear()
                 self._changed.notify_all()
-
-
-class _Process:
-    """One process: requests go to its standard input, answers come from its standard output."""
-
-    def __init__(self, threads: int | None) -> None:
-        self.idle = False
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "hybridiff_compiler.profiler.timer_worker"], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=self._log, bufsize=0,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path)}
-            | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)}),
-        )
-
-    @property
-    def running(self) -> bool:
-        """Whether it has not ended."""
-        return self._process.poll() is None
-
-    def signal(self, number: Any) -> None:
-        """Send a signal, if it still runs."""
-        with contextlib.suppress(OSError):
-            self._process.send_signal(number)
-
-    def write(self, data: bytes) -> None:
-        """Send one frame."""
-        assert self._process.stdin is not None
-        write_frame(self._process.stdin, data)
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Send a request and wait for the answer.
-
-        Raises:
-            OSError: the process failed; says why.
-        """
-        assert self._process.stdout is not None
-        try:
-            self.write(json.dumps(request).encode())
-            answer: dict[str, Any] = json.loads(read_frame(self._process.stdout.fileno()))
-        except (OSError, EOFError, ValueError) as error:
-            raise OSError(self._tail() or str(error)) from error
-        if "error" in answer:
-            raise OSError(answer["error"])
-        return answer
-
-    def close(self) -> None:
-        """End it, whatever it is doing."""
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(OSError):
-                stream.close()  # type: ignore[union-attr]
-
-    def _tail(self) -> str:
-        size = os.fstat(self._log.fileno()).st_size
-        data = os.pread(self._log.fileno(), _TAIL_BYTES, max(0, size - _TAIL_BYTES))
-        return data.decode(errors="replace").strip()
 
 
 def _with_drift(timings: Sequence[Timing], first: Sequence[Timing]) -> tuple[Timing, ...]:
@@ -371,8 +311,20 @@ def share_tensors(tensors: Sequence[Tensor]) -> bytes:
         torch.multiprocessing.set_sharing_strategy(before)
 
 
-def _remote(process: _Process, key: Hashable) -> Sampler:
-    return lambda: tuple(process.ask({"do": "sample", "key": repr(key)})["seconds"])
+def _ask(process: Process, request: dict[str, Any]) -> dict[str, Any]:
+    """The answer to a request.
+
+    Raises:
+        OSError: the process is gone, or could not do it.
+    """
+    answer: dict[str, Any] = json.loads(process.ask(json.dumps(request).encode()))
+    if "error" in answer:
+        raise OSError(answer["error"])
+    return answer
+
+
+def _remote(process: Process, key: Hashable) -> Sampler:
+    return lambda: tuple(_ask(process, {"do": "sample", "key": repr(key)})["seconds"])
 
 
 def _in_turns(

@@ -1,0 +1,76 @@
+"""A helper process that answers requests: frames to its standard input, frames from its standard output."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from ..runtime.processes import read_frame, write_frame
+
+__all__ = ["Process"]
+
+_TAIL_BYTES = 2000
+
+
+class Process:
+    """`python -m MODULE`, which ends when its standard input does."""
+
+    def __init__(self, module: str, threads: int | None = None) -> None:
+        """
+        Args:
+            module: what to run.
+            threads: of its OpenMP; None: as in this process.
+        """
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, bufsize=0,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path)}
+            | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)}),
+        )
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
+
+    def signal(self, number: Any) -> None:
+        """Send a signal, if it still runs."""
+        with contextlib.suppress(OSError):
+            self._process.send_signal(number)
+
+    def write(self, data: bytes) -> None:
+        """Send one frame."""
+        assert self._process.stdin is not None
+        write_frame(self._process.stdin, data)
+
+    def ask(self, request: bytes) -> bytes:
+        """Send a frame and wait for the answer.
+
+        Raises:
+            OSError: the process is gone; says why.
+        """
+        assert self._process.stdout is not None
+        try:
+            self.write(request)
+            return read_frame(self._process.stdout.fileno())
+        except (OSError, EOFError, ValueError) as error:
+            raise OSError(self._tail() or str(error)) from error
+
+    def close(self) -> None:
+        """End it, whatever it is doing."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._log):
+            with contextlib.suppress(OSError):
+                stream.close()  # type: ignore[union-attr]
+
+    def _tail(self) -> str:
+        with contextlib.suppress(OSError, ValueError):
+            size = os.fstat(self._log.fileno()).st_size
+            data = os.pread(self._log.fileno(), _TAIL_BYTES, max(0, size - _TAIL_BYTES))
+            return data.decode(errors="replace").strip()
+        return ""
