@@ -1,11 +1,15 @@
 """`hybridiff bench` on stock pipelines of shrunken architectures, on CPU ranks."""
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 
-from hybridiff_compiler.ir import InputError, UsageError
+import hybridiff_compiler as hc
+from hybridiff_compiler.ir import InputError, PlanMismatchError, UsageError
 from hybridiff_compiler.quality import architectures
-from hybridiff_compiler.quality.bench import MANY_ROWS, ROWS, Bench, bench_results
+from hybridiff_compiler.quality.bench import MANY_ROWS, ROWS, Bench, bench_results, predicted_seconds
 
 SMALL_SDXL = architectures.SDXL_UNET | {
     "sample_size": 8, "block_out_channels": (32, 32, 32), "transformer_layers_per_block": (1, 1, 1),
@@ -91,3 +95,32 @@ def test_unknown_names_are_refused():
         Bench(model.pipe, {}, name="sd3", pixels=64, gpus=1, rows=("branch",))
     with pytest.raises(UsageError, match="are for 4"):
         Bench(model.pipe, {}, name="sd3", pixels=64, gpus=3, rows=("pipe",))
+
+
+def test_rows_are_predicted_from_a_profile():
+    """The bench runs the profile's partitions, and its rows are what the cost model says of them."""
+    model = architectures.random_model("sd3", device="cpu", dtype=torch.float32)
+    call = {
+        "hidden_states": torch.zeros(1, 16, 8, 8), "encoder_hidden_states": torch.zeros(1, 333, 4096),
+        "pooled_projections": torch.zeros(1, 2048), "timestep": torch.zeros(1), "return_dict": False,
+    }
+    profile = hc.profile_costs(
+        model.pipe.transformer, call=call, name="sd3", num_inference_steps=6, quick=True, threads=1, max_seconds=0.0
+    )
+    bench = Bench(
+        model.pipe, model.options(64, 0), name="sd3", pixels=64, steps=6, repeats=1, threads=1, rows=("branch",),
+        profile=profile,
+    )
+    with bench.open() as measure:
+        (row,) = measure()
+    assert row.predicted_s == pytest.approx(predicted_seconds(profile, {"branch": 6}))
+    tool = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "check_latency.py"))
+    (found,) = tool["compare"]("sd3", [row.model_dump()], profile)
+    assert found["deviation"] == pytest.approx(row.predicted_s / row.loop_s - 1)
+    assert found["same_partitions"]
+    other = profile.model_copy(update={"model": profile.model.model_copy(update={"fingerprint": "0" * 64})})
+    refused = Bench(
+        model.pipe, model.options(64, 0), name="sd3", pixels=64, steps=6, rows=("branch",), threads=1, profile=other
+    ).open()
+    with pytest.raises(PlanMismatchError, match="another denoiser"):
+        refused.__enter__()
