@@ -135,6 +135,7 @@ def profile_costs(
     links: Sequence[str] = (),
     random_weights: bool = False,
     jobs: int = 0,
+    watched: Any = None,
     alone: Any = None,
     on_progress: Any = None,
     on_note: Any = None,
@@ -162,6 +163,8 @@ def profile_costs(
         links: devices between which links are measured, e.g. `("cuda:0", "cuda:1")`.
         random_weights: whether the weights are; noted.
         jobs: graphs are built and timed by so many processes, which share the denoiser's memory (0: by this one).
+        watched: with `call`, a `profiler.generate.FirstCall` that has seen a pipeline around the denoiser, for what
+            that adds to a step.
         alone: context manager factory opened around samples, to keep others off the machine meanwhile.
         on_progress: called with (stage, done, total).
         on_note: called, from any thread, with what those processes have built.
@@ -204,7 +207,7 @@ def profile_costs(
     if call is not None:
         return cost_profile(
             denoiser, call, tables, name=named, num_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed,
-            **chosen,
+            watched=watched, **chosen,
         )
     generation = Generation(
         pipe=model, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed, options=options,

@@ -69,6 +69,8 @@ def _measure(arguments: argparse.Namespace) -> None:
     from hybridiff_compiler.ir import Profile
     from hybridiff_compiler.quality.architectures import random_model
     from hybridiff_compiler.quality.bench import ROWS, Bench, bench_results
+    from hybridiff_compiler.quality.overheads import watched_pipeline
+    from hybridiff_compiler.runtime.intercept import find_denoiser
 
     (model,) = arguments.models
     label, _, chosen = model.partition(":")
@@ -89,10 +91,17 @@ def _measure(arguments: argparse.Namespace) -> None:
         name, device=arguments.device, dtype=torch.float16 if arguments.device == "cuda" else torch.float32,
         vae=not arguments.loop_only,
     )
+    profile = None if arguments.profiles is None else Profile.load(arguments.profiles / f"{name}.json")
+    if profile is not None and not profile.costs.step_overhead_s:  # made without a pipeline
+        watched = watched_pipeline(name, find_denoiser(built.pipe)[1], pixels=arguments.pixels)
+        assert watched is not None
+        profile = profile.model_copy(update={"costs": watched.added_to(profile.costs)})
+        say(f"a pipeline adds {1e6 * profile.costs.step_overhead_s:.0f} us to a step")
+        profile.save(arguments.folder / f"{name}-profile.json")
     bench = Bench(
         built.pipe, built.options(arguments.pixels, 0), name=name, pixels=arguments.pixels, steps=arguments.steps,
         rows=chosen.split(",") if chosen else ROWS, backend=backend or None, decode=arguments.decoder,
-        profile=None if arguments.profiles is None else Profile.load(arguments.profiles / f"{name}.json"),
+        profile=profile,
     )
     rows = []
     with bench.open(on_progress) as measure:

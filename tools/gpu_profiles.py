@@ -68,6 +68,7 @@ def child(arguments: argparse.Namespace) -> None:
 
     from hybridiff_compiler.api import profile_costs
     from hybridiff_compiler.quality.denoisers import random_denoiser
+    from hybridiff_compiler.quality.overheads import watched_pipeline
 
     name, turns = arguments.names[0], Turns(arguments.child)
     last = ""
@@ -80,9 +81,12 @@ def child(arguments: argparse.Namespace) -> None:
 
     say("building")
     built = random_denoiser(name, device=arguments.device)
-    say("built")
+    with turns.alone():
+        watched = watched_pipeline(name, built.denoiser)
+    say("built" if watched is None else f"built; a pipeline adds {1e6 * watched.step_overhead(1.0):.0f} us to a step")
     profile = profile_costs(
-        built.denoiser, call=built.call, name=name, random_weights=True, num_inference_steps=built.spec.steps,
+        built.denoiser, call=built.call, watched=watched, name=name, random_weights=True,
+        num_inference_steps=built.spec.steps,
         guidance_scale=built.spec.guidance_scale, layer_method=arguments.method, backend=arguments.backend,
         jobs=arguments.helpers, alone=turns.alone, on_progress=on_progress, on_note=say, quick=arguments.quick,
         max_seconds=max(1.0, arguments.limit - (time.monotonic() - began)),

@@ -56,11 +56,12 @@ def measure_costs_only(model: str, options: CostOptions, call_options: Any, on_p
     }
     if options.random_weights:
         from ..quality.denoisers import random_denoiser
+        from ..quality.overheads import watched_pipeline
 
         built = random_denoiser(model, device=options.device, dtype=options.dtype, seed=options.seed)
         return profile_costs(
-            built.denoiser, call=built.call, name=model, random_weights=True,
-            num_inference_steps=options.steps or built.spec.steps,
+            built.denoiser, call=built.call, watched=watched_pipeline(model, built.denoiser), name=model,
+            random_weights=True, num_inference_steps=options.steps or built.spec.steps,
             guidance_scale=_or(options.guidance_scale, built.spec.guidance_scale), **common,
         )
     from .models import load_model

@@ -46,7 +46,7 @@ def cost_profile(
     max_seconds: float = math.inf,
     threads: int | None = None,
     links: Sequence[str] = (),
-    step_overhead_s: float = 0.0,
+    watched: FirstCall | None = None,
     seed: int = 0,
     random_weights: bool = False,
     jobs: int = 0,
@@ -68,7 +68,7 @@ def cost_profile(
         max_rounds, max_seconds: see `settling.measure_costs`.
         threads: CPU threads of one rank.
         links: devices between which links are measured, if there are two or more.
-        step_overhead_s: of the pipeline, where one was watched.
+        watched: has seen a pipeline around the denoiser, for what that adds to a step.
         seed: noted.
         random_weights: noted.
         jobs: graphs are built and timed by so many processes (0: by this one).
@@ -94,20 +94,19 @@ def cost_profile(
         on_progress("capture", 1, 1)
         measured = measure_costs(
             bare, inputs, tables, timers, backend=backend, method=method, rounds=rounds, max_rounds=max_rounds,
-            max_seconds=max_seconds - (time.monotonic() - began), step_overhead_s=step_overhead_s,
-            on_progress=on_progress,
+            max_seconds=max_seconds - (time.monotonic() - began), on_progress=on_progress,
         )
     with alone():
         costs = with_links(
-            measured.costs, links, threads=threads or 1,
+            measured.costs if watched is None else watched.added_to(measured.costs), links, threads=threads or 1,
             on_progress=lambda done, total: on_progress("links", done, total),
         )
     from .session import device_name
 
     return Profile(
         model=model_info(denoiser, name, bare.layers, signature), graph=bare.layers, costs=costs, num_steps=num_steps,
-        scheduler=scheduler, guidance_scale=guidance_scale, partitions=measured.partitions,
-        patterns=measured.patterns,
+        scheduler=scheduler or ("" if watched is None else watched.scheduler), guidance_scale=guidance_scale,
+        partitions=measured.partitions, patterns=measured.patterns,
         provenance=Provenance(
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), device=device_name(device),
             device_type="cuda" if device.type == "cuda" else "cpu", backend=backend,
@@ -130,7 +129,7 @@ def costs_of_pipeline(
     denoiser, call, first = call_of_pipeline(generation, prompt)
     return cost_profile(
         denoiser, call, tables, name=name, num_steps=first.num_steps, guidance_scale=generation.guidance_scale,
-        scheduler=type(generation.pipe.scheduler).__name__, step_overhead_s=first.step_overhead(),
+        scheduler=type(generation.pipe.scheduler).__name__, watched=first,
         seed=generation.seed, **options,
     )
 

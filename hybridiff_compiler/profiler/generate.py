@@ -7,15 +7,20 @@ import inspect
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ir import BRANCHES, Branch, CallSignature, InputError
+from ..ir import BRANCHES, Branch, CallSignature, Costs, InputError
 from ..runtime.intercept import GuidedCall, StepHandler, intercept
 
 __all__ = ["FirstCall", "Generation", "noise_levels", "prompts_digest"]
+
+
+_PAUSE_CYCLES = 1 << 29
+"""A quarter of a second."""
 
 
 def prompts_digest(prompts: Sequence[str]) -> str:
@@ -85,7 +90,11 @@ class Generation:
 
 
 class FirstCall:
-    """A `StepHandler` that computes one step, answers the others at once, and so times the pipeline around them."""
+    """A `StepHandler` that computes one step, answers the others at once, and so times the pipeline around them.
+
+    On CUDA that is the device time of the pipeline's own operations when the host is ahead of the device, as it is
+    while a large denoiser runs: they queue up behind a pause of the device.
+    """
 
     def __init__(self) -> None:
         self.signature: CallSignature | None = None
@@ -93,6 +102,9 @@ class FirstCall:
         self.num_steps = 0
         self._pair: dict[Branch, Tensor] = {}
         self._times: list[float] = []
+        self._events: list[Any] = []
+        self.scheduler = ""
+        """Class name of the pipeline's, where whoever made the call noted it."""
 
     def start(self, num_steps: int, signature: CallSignature) -> bool:
         """See `StepHandler.start`."""
@@ -106,14 +118,31 @@ class FirstCall:
             self._pair = {branch: next(iter(call.inputs[branch].values())).clone() for branch in BRANCHES}
         device = self._pair["cond"].device
         if device.type == "cuda":
-            torch.cuda.synchronize(device)
+            with torch.cuda.device(device):
+                if not self._events:
+                    torch.cuda.synchronize(device)
+                    torch.cuda._sleep(_PAUSE_CYCLES)
+                self._events.append(torch.cuda.Event(enable_timing=True))
+                self._events[-1].record()
         self._times.append(time.perf_counter())
         return self._pair
 
-    def step_overhead(self) -> float:
-        """Seconds per step that the pipeline itself takes (median)."""
-        gaps = sorted(b - a for a, b in zip(self._times, self._times[1:]))
-        return gaps[len(gaps) // 2] if gaps else 0.0
+    def step_overhead(self, denoiser_s: float = 0.0) -> float:
+        """Seconds that the pipeline itself adds to a step (median).
+
+        Args:
+            denoiser_s: time of the denoiser in a step. On CUDA, what the host does meanwhile adds nothing.
+        """
+        host = _median_gap(self._times)
+        if not self._events:
+            return host
+        torch.cuda.synchronize(self._pair["cond"].device)
+        device = _median_gap([self._events[0].elapsed_time(event) / 1e3 for event in self._events])
+        return max(min(device, host), host - denoiser_s)
+
+    def added_to(self, costs: Costs) -> Costs:
+        """`costs` with what the pipeline adds to a step of one branch."""
+        return costs.model_copy(update={"step_overhead_s": self.step_overhead(sum(costs.layers[1]))})
 
     def require(self) -> tuple[CallSignature, GuidedCall]:
         """What was seen.
@@ -129,3 +158,8 @@ class FirstCall:
         return self.signature, self.call
 
 
+
+
+def _median_gap(times: Sequence[float]) -> float:
+    gaps = sorted(after - before for before, after in pairwise(times))
+    return gaps[len(gaps) // 2] if gaps else 0.0

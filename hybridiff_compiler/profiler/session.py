@@ -133,7 +133,7 @@ class ProfileSession:
             self._partitions = tuple(Partition.model_validate(each) for each in kept[1]["partitions"])
             self._patterns = tuple(Pattern.model_validate(each) for each in kept[1]["patterns"])
         else:
-            costs = self._measure_costs(bare, call.inputs, tables, known, first.step_overhead())
+            costs = first.added_to(self._measure_costs(bare, call.inputs, tables, known))
             partial.put("costs", {
                 "costs": costs.model_dump(mode="json"),
                 "partitions": [each.model_dump(mode="json") for each in self._partitions],
@@ -149,7 +149,7 @@ class ProfileSession:
         return profile
 
     def _measure_costs(
-        self, bare: SegmentRunner, inputs: Any, tables: Tables, known: Profile | None, step_overhead_s: float
+        self, bare: SegmentRunner, inputs: Any, tables: Tables, known: Profile | None
     ) -> Costs:
         device = next(self._denoiser.parameters()).device
         inputs = {branch: {path: leaf.to(device) for path, leaf in side.items()} for branch, side in inputs.items()}
@@ -158,8 +158,7 @@ class ProfileSession:
         ) as timers:
             measured = measure_costs(
                 bare, inputs, tables if known is None else lambda graph, costs: (known.partitions, known.patterns),
-                timers, backend=self._backend, rounds=self._rounds, step_overhead_s=step_overhead_s,
-                on_progress=self._progress,
+                timers, backend=self._backend, rounds=self._rounds, on_progress=self._progress,
             )
         self._partitions, self._patterns = measured.partitions, measured.patterns
         return measured.costs

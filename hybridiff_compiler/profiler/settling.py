@@ -57,7 +57,6 @@ def measure_costs(
     rounds: int = 15,
     max_rounds: int = 3,
     max_seconds: float = math.inf,
-    step_overhead_s: float = 0.0,
     on_progress: Progress = lambda stage, done, total: None,
 ) -> Measured:
     """Measure layers and stages of a denoiser.
@@ -73,7 +72,6 @@ def measure_costs(
         rounds: samples of each time.
         max_rounds: how often the partitions are solved for and measured, at most. Only new graphs are timed again.
         max_seconds: after which nothing more is built. What is missing then is noted in the `LayerTiming`.
-        step_overhead_s: taken over into the costs.
         on_progress: called with (stage of the session, done, total).
 
     Returns:
@@ -90,9 +88,10 @@ def measure_costs(
         timers.start({_MARKED: Job(kind="layers", backend=backend)})
     plain = {1: session.plain_layers(1)}
     first: tuple[tuple[Partition, ...], tuple[Pattern, ...]] | None = None
+    guessed: dict[Segment, _Key] = {}
     if timers.ahead:  # a guess that costs no waiting, and is mostly right
         first = tables(graph, layer_times(plain, None)[1].seconds)
-        session.start(*first)
+        guessed = session.start(*first)
     plain[2] = session.plain_layers(2)
     times = session.finish()
     raw = layer_times(plain, times.get(_MARKED))
@@ -111,8 +110,11 @@ def measure_costs(
     while count < max_rounds:
         wanted = session.start(*candidate)
         session.finish()
-        if keys and not all(key in known for key in wanted.values()):
-            break  # there was no time for these; what was complete before stays
+        if not all(key in known for key in wanted.values()):  # there was no time for these
+            if count == 0 and first is not None and all(key in known for key in guessed.values()):
+                candidate, wanted = first, guessed
+            elif count:
+                break  # what was complete before stays
         best, keys, count = candidate, wanted, count + 1
         stages = session.stages(1)
         layers = {batch: _fitted(graph, each, session.stages(batch)) for batch, each in raw.items()}
@@ -140,7 +142,6 @@ def measure_costs(
                 known[key].model_copy(update={"partition": segment.partition, "stages": segment.stages})
                 for segment, key in keys.items() if key in known
             ),
-            step_overhead_s=step_overhead_s,
         ),
         *best,
     )

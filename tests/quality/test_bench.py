@@ -10,6 +10,8 @@ import hybridiff_compiler as hc
 from hybridiff_compiler.ir import InputError, PlanMismatchError, UsageError
 from hybridiff_compiler.quality import architectures
 from hybridiff_compiler.quality.bench import MANY_ROWS, ROWS, Bench, bench_results, predicted_seconds
+from hybridiff_compiler.quality.overheads import watched_pipeline
+from hybridiff_compiler.runtime.intercept import find_denoiser
 
 SMALL_SDXL = architectures.SDXL_UNET | {
     "sample_size": 8, "block_out_channels": (32, 32, 32), "transformer_layers_per_block": (1, 1, 1),
@@ -124,3 +126,14 @@ def test_rows_are_predicted_from_a_profile():
     ).open()
     with pytest.raises(PlanMismatchError, match="another denoiser"):
         refused.__enter__()
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+def test_what_a_pipeline_adds_to_a_step(name):
+    """The stock pipeline runs around a given denoiser."""
+    model = architectures.random_model(name, device="cpu", dtype=torch.float32)
+    denoiser = find_denoiser(model.pipe)[1]
+    watched = watched_pipeline(name, denoiser, pixels=64)
+    assert watched.step_overhead() > 0
+    assert "Euler" in watched.scheduler
+    assert watched_pipeline("wan", denoiser) is None
