@@ -58,9 +58,10 @@ class _StreamWork:
         return self._work.is_completed()
 
     def has_failed(self) -> bool:
-        """Whether torch has broken it off."""
-        result = self._work.get_future_result()  # type: ignore[attr-defined]
-        return result.done() and result.value() != _SUCCESS
+        """Whether torch has broken it off, as far as it tells."""
+        ask = getattr(self._work, "get_future_result", None)
+        result = None if ask is None else ask()
+        return result is not None and result.done() and result.value() != _SUCCESS
 
     def wait(self, _timeout: timedelta) -> None:
         self._work.wait()
@@ -128,11 +129,11 @@ class NcclTransport(Transport):
 
     def is_broken(self) -> bool:
         """Whether torch broke transfers off by itself: one was overdue, or NCCL noticed that the other side is gone."""
-        return any(work.has_failed() for _, work in self._receiving)
+        return any(work.has_failed() for _, work in tuple(self._receiving))
 
     def silent_peers(self) -> Sequence[int]:
         """Ranks from which something has not arrived, lowest first."""
-        return sorted({peer for peer, work in self._receiving if not work.is_completed()})
+        return sorted({peer for peer, work in tuple(self._receiving) if not work.is_completed()})
 
     def close(self) -> None:
         """Drop the connections; pending transfers fail."""
