@@ -12,48 +12,23 @@ halo travels together with the moments that the norm needs, and a residual block
 from __future__ import annotations
 
 import operator
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from ..ir.errors import UsageError
-from .rows import RowGraph, Rows, Split
+from .phases import Parcel, Phase, PhaseBuilder
+from .row_rules import Rows, Split
+from .rows import RowGraph
 
 __all__ = ["BandProgram", "Parcel", "Phase", "band_bounds", "band_program"]
 
 _aten = torch.ops.aten
 _SHARES = "hybridiff_band_shares"
-_CONSTANT = -1
-"""Phase of what depends on parameters only; it is repeated in every phase that reads it."""
-
-
-@dataclass(frozen=True)
-class Parcel:
-    """Values that travel together between this rank and another."""
-
-    peer: int
-    names: tuple[str, ...]
-    specs: tuple[tuple[tuple[int, ...], torch.dtype], ...]
-    """Shape and dtype of each."""
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One graph and the messages after it."""
-
-    module: fx.GraphModule
-    """`gives = module(*takes)`."""
-    takes: tuple[str, ...]
-    """Names of values of earlier phases, received ones among them, or `LATENTS`."""
-    gives: tuple[str, ...]
-    sends: tuple[Parcel, ...]
-    receives: tuple[Parcel, ...]
 
 
 @dataclass(frozen=True)
@@ -116,29 +91,22 @@ class _Lowering:
     ) -> None:
         self._source, self._rank, self._bounds, self._channels_last = graph, rank, bounds, channels_last
         self._own = bounds[rank]
-        self._graph = fx.Graph()
+        self._builder = PhaseBuilder(graph.exported.module)
+        self._emit = self._builder.emit
         self._local: dict[fx.Node, fx.Node] = {}
         """The band of nodes that are split, the whole value of all others."""
         self._gathered: dict[fx.Node, fx.Node] = {}
         self._extended: dict[tuple[fx.Node, int], fx.Node] = {}
         self._scales: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
-        self._level: dict[fx.Node, int] = {}
-        self._sends: dict[tuple[int, int], list[fx.Node]] = defaultdict(list)
-        self._receives: dict[tuple[int, int], list[fx.Node]] = defaultdict(list)
-        """By phase and other rank, in the order of the message."""
-        self._count = 0
-        self._constants: dict[str, Tensor] = {}
 
     def program(self) -> BandProgram:
         """Build everything."""
         source = self._source.exported.module.graph
         for node in source.nodes:
             if node.op == "placeholder":
-                latents = self._placeholder(BandProgram.LATENTS, node.meta["val"], 0)
-                self._local[node] = self._in_layout(latents)
+                self._local[node] = self._in_layout(self._builder.input(BandProgram.LATENTS, node.meta["val"]))
             elif node.op == "get_attr":
-                new = self._local[node] = self._graph.get_attr(node.target)
-                new.meta["val"], self._level[new] = _on_meta(node.meta["val"]), _CONSTANT
+                self._local[node] = self._builder.parameter(node.target)
             elif node.op == "call_function":
                 self._visit(node)
         (estimate,) = source.output_node().all_input_nodes
@@ -147,7 +115,7 @@ class _Lowering:
             begin, end = self._own
             rows = (split.rows.dim, begin * split.rows.unit, end * split.rows.unit)
         value = result.meta["val"]
-        phases = self._phases(result)
+        phases = self._builder.phases(result)
         return BandProgram(self._rank, phases, result.name, rows, tuple(value.shape), value.dtype)
 
     def _visit(self, node: fx.Node) -> None:
@@ -199,20 +167,9 @@ class _Lowering:
                     continue
                 shape = list(own.meta["val"].shape)
                 shape[rows.dim] = (end - begin) * rows.unit
-                parts.append(self._swap(own, peer, own, shape))
+                parts.append(self._builder.swap(own, peer, own, shape))
             self._gathered[node] = self._emit(_aten.cat.default, parts, rows.dim)
         return self._gathered[node]
-
-    def _swap(self, at: fx.Node, peer: int, given: fx.Node, shape: Sequence[int]) -> fx.Node:
-        """Send `given` to a rank at the end of the phase that computes `at`, and receive a tensor of `shape`."""
-        level, value = self._level[at], given.meta["val"]
-        self._count += 1
-        arrived = self._placeholder(
-            f"received_{self._count}", torch.empty(shape, dtype=value.dtype, device="meta"), level + 1
-        )
-        self._sends[level, peer].append(given)
-        self._receives[level, peer].append(arrived)
-        return arrived
 
     def _extend(self, node: fx.Node, rows: Rows, halo: int) -> fx.Node:
         """The band of a value with `halo` more rows on each side, as far as the image goes."""
@@ -266,7 +223,7 @@ class _Lowering:
                 edge = self._emit(_aten.slice.Tensor, own, rows.dim, first, first + halo)
                 # A copy, so that what is kept for sending does not keep the memory of the whole band.
                 edge = self._emit(_aten.clone.default, edge, memory_format=torch.contiguous_format)
-                arrived = self._in_layout(self._swap(own, peer, edge, tuple(edge.meta["val"].shape)))
+                arrived = self._in_layout(self._builder.swap(own, peer, edge, tuple(edge.meta["val"].shape)))
                 parts = [arrived, *parts] if peer < self._rank else [*parts, arrived]
         return self._emit(_aten.cat.default, parts, rows.dim)
 
@@ -310,7 +267,7 @@ class _Lowering:
         stacked = self._emit(_aten.stack.default, [mean, variance])
         bands = [
             stacked if peer == self._rank else
-            self._swap(stacked, peer, stacked, tuple(stacked.meta["val"].shape))
+            self._builder.swap(stacked, peer, stacked, tuple(stacked.meta["val"].shape))
             for peer in range(len(self._bounds))
         ]
         every = self._emit(_aten.stack.default, bands)
@@ -344,10 +301,7 @@ class _Lowering:
         name = f"{_SHARES}_{str(dtype).removeprefix('torch.')}"
         shares = torch.tensor([(end - begin) / self._source.base for begin, end in self._bounds], dtype=dtype)
         device = next(iter(self._source.exported.module.parameters())).device
-        self._constants[name] = shares[:, None, None].to(device)
-        node = self._graph.get_attr(name)
-        node.meta["val"], self._level[node] = _on_meta(self._constants[name]), _CONSTANT
-        return node
+        return self._builder.constant(name, shares[:, None, None].to(device))
 
     def _copy(
         self, node: fx.Node, operand: Callable[[fx.Node], fx.Node], split: Split | None = None,
@@ -368,94 +322,11 @@ class _Lowering:
         assert callable(node.target)
         return self._emit(node.target, *args, **kwargs)
 
-    def _emit(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        node = self._graph.call_function(target, args, kwargs)
-        values = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        values = pytree.tree_map_only(torch.device, lambda _: torch.device("meta"), values)
-        node.meta["val"] = target(*values[0], **values[1])
-        self._level[node] = max((self._level[n] for n in node.all_input_nodes), default=_CONSTANT)
-        return node
-
-    def _placeholder(self, name: str, value: Tensor, level: int) -> fx.Node:
-        node = self._graph.placeholder(name)
-        node.meta["val"] = torch.empty(tuple(value.shape), dtype=value.dtype, device="meta")
-        self._level[node] = level
-        return node
-
     def _in_layout(self, node: fx.Node) -> fx.Node:
         """Images arrive contiguous; what follows keeps the layout that they are given here."""
         if self._channels_last and node.meta["val"].dim() == 4:
             return self._emit(_aten.clone.default, node, memory_format=torch.channels_last)
         return node
-
-    def _phases(self, result: fx.Node) -> tuple[Phase, ...]:
-        """Nodes by level, without those that nothing needs."""
-        needed, queue = set(), [result, *(node for nodes in self._sends.values() for node in nodes)]
-        while queue:
-            node = queue.pop()
-            if node not in needed:
-                needed.add(node)
-                queue.extend(node.all_input_nodes)
-        last = max([self._level[result], *(level for level, _ in self._receives)])
-        return tuple(self._phase(level, needed, result) for level in range(last + 1))
-
-    def _phase(self, level: int, needed: set[fx.Node], result: fx.Node) -> Phase:
-        members = {node for node in needed if node.op == "call_function" and self._level[node] == level}
-        queue = list(members)
-        while queue:
-            constant = {
-                source for source in queue.pop().all_input_nodes
-                if source.op == "call_function" and self._level[source] == _CONSTANT
-            }
-            queue += constant - members
-            members |= constant
-        inside = [node for node in self._graph.nodes if node in members]
-        sends = {peer: nodes for (at, peer), nodes in self._sends.items() if at == level}
-        receives = {peer: nodes for (at, peer), nodes in self._receives.items() if at == level}
-        outside = dict.fromkeys(source for node in inside for source in node.all_input_nodes if source not in members)
-        takes = [node for node in outside if node.op != "get_attr"]
-        wanted = {node for nodes in sends.values() for node in nodes} | {result}
-        gives = [
-            node for node in inside
-            if self._level[node] == level and isinstance(node.meta["val"], Tensor)
-            and (node in wanted or any(user in needed and user not in members for user in node.users))
-        ]
-        graph = fx.Graph()
-        copied: dict[fx.Node, fx.Node] = {}
-        for node in takes:
-            copied[node] = graph.placeholder(node.name)
-            copied[node].meta = dict(node.meta)
-        for node in (*(node for node in outside if node.op == "get_attr"), *inside):
-            copied[node] = graph.node_copy(node, copied.__getitem__)
-        graph.output(tuple(copied[node] for node in gives))
-        module = fx.GraphModule(self._tensors(graph), graph, class_name="Phase")
-        return Phase(
-            module.eval(), tuple(node.name for node in takes), tuple(node.name for node in gives),
-            _parcels(sends), _parcels(receives),
-        )
-
-    def _tensors(self, graph: fx.Graph) -> dict[str, Any]:
-        read = operator.attrgetter
-        return {
-            str(node.target): self._constants[str(node.target)] if node.target in self._constants
-            else read(str(node.target))(self._source.exported.module)
-            for node in graph.nodes if node.op == "get_attr"
-        }
-
-
-def _on_meta(value: Tensor) -> Tensor:
-    return torch.empty_strided(tuple(value.shape), value.stride(), dtype=value.dtype, device="meta")
-
-
-def _parcels(nodes: Mapping[int, Sequence[fx.Node]]) -> tuple[Parcel, ...]:
-    return tuple(
-        Parcel(
-            peer, tuple(node.name for node in values),
-            tuple((tuple(node.meta["val"].shape), node.meta["val"].dtype) for node in values),
-        )
-        for peer, values in sorted(nodes.items())
-    )
-
 
 def _accumulated(value: fx.Node) -> torch.dtype:
     """The dtype that moments are computed in."""

@@ -14,7 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..capture.bands import band_program
 from ..capture.decoder import capture_decoder, decode_parameters
+from ..capture.rows import split_rows
 from ..ir import InputError, Plan, UsageError
 from .decode_ranks import DecodeCall, decode_dtype, decoder_to_share
 from .intercept import find_denoiser
@@ -55,7 +57,7 @@ def choose_decoding(pipe: Any, plan: Plan, mode: DecodeMode, device: torch.devic
 
     Raises:
         UsageError: no such mode.
-        InputError: `driver` or `rows`, and this pipeline's decode cannot be captured.
+        InputError: `driver` or `rows`, and this pipeline's decode cannot be captured, or not cut into bands.
     """
     if mode not in MODES:
         raise UsageError(f"got decode={mode!r}; choose from {', '.join(MODES)}")
@@ -85,9 +87,17 @@ def _examine(pipe: Any, plan: Plan, mode: DecodeMode, device: torch.device) -> D
             "decode cannot be told from the plan; use decode='pipeline'"
         )
     dtype = decode_dtype(pipe)
-    names = decode_parameters(capture_decoder(vae, shape, next(vae.parameters()).dtype))
     call = DecodeCall((1, *shape[1:]), str(dtype).removeprefix("torch."))
+    exported = capture_decoder(vae, call.shape, next(vae.parameters()).dtype)
+    names = decode_parameters(exported)
     chosen: DecodeMode = "driver" if plan.world_size == 1 else mode
+    if chosen != "driver":
+        try:
+            band_program(split_rows(exported), 0, plan.world_size)
+        except (InputError, UsageError):
+            if mode == "rows":
+                raise
+            chosen = "driver"
     shares = next(vae.parameters()).dtype == dtype
     return Decoding(chosen, vae, decoder_to_share(vae, call.shape, dtype), call, names, shares)
 
