@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..ir import Branch, CallSignature, Plan, PlanMismatchError
+from ..ir import Branch, CallSignature, Plan, PlanMismatchError, UsageError
 from .decode_ranks import DecodeRank
 from .estimates import EstimateMemory
 from .executor import RankExecutors
@@ -144,14 +144,12 @@ class Driver:
         images = batch_factor(self.plan.model.signature, signature)
         if images is None:
             mismatch = self.plan.model.signature.mismatch(signature)
-            self._say_once(f"the plan does not cover this call ({mismatch}); it runs on one device, exactly")
-            return False
+            return self._uncovered(f"the plan does not cover this call ({mismatch})")
         if _weights_key(self._denoiser) != self._weights:
-            self._say_once(
-                "the denoiser's weights or modules changed after parallelize; it runs on one device, exactly, until "
-                "parallelize is called again"
+            return self._uncovered(
+                "the denoiser's weights or modules changed after parallelize, which must be called again to run by the "
+                "plan"
             )
-            return False
         if images != self._images and not self._resize(images):
             return False
         if num_steps != self.plan.num_steps:
@@ -218,8 +216,7 @@ class Driver:
         try:
             executor = self._executors.at(images)
         except PlanMismatchError as error:
-            self._say_once(f"{error}; this call runs on one device, exactly")
-            return False
+            return self._uncovered(str(error))
         self._resizes += 1
         try:
             self._executor.reset()
@@ -328,6 +325,20 @@ class Driver:
         if reason is error:
             raise error
         raise reason from None
+
+    def _uncovered(self, reason: str) -> bool:
+        """Leave a generation to the denoiser as it comes.
+
+        Raises:
+            UsageError: no rank has the whole of it.
+        """
+        if self.plan.weights == "stages":
+            raise UsageError(
+                f"{reason}, and with weights='stages' no rank has the whole of the denoiser; call the pipeline as it "
+                "was planned, or plan with weights='whole'"
+            )
+        self._say_once(f"{reason}; it runs on one device, exactly")
+        return False
 
     def _say_once(self, message: str) -> None:
         if message not in self._said:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
 
 from hybridiff_compiler.ir import Partition, Pattern, Plan, PlanMismatchError, UsageError, WorkerError
+from hybridiff_compiler.planner.memory import plan_memory
 from hybridiff_compiler.runtime.intercept import intercept
 from hybridiff_compiler.runtime.parallelize import parallelize
 from hybridiff_compiler.runtime.segments import SegmentRunner, capture_branch
@@ -66,7 +68,20 @@ def test_the_same_images_from_parts(ranks: int) -> None:
         assert parallel.executed[:5] == ("relay", "relay", "pipe", "cond", "reuse")
         assert torch.equal(pipe(2, num_inference_steps=5), simulated(plan, 2, num_inference_steps=5))
         assert parallel.executed == ("relay",) * 5
+        with warnings.catch_warnings(record=True):
+            assert torch.equal(pipe(3, images=2), simulated(plan, 3, images=2))
+        with pytest.raises(UsageError, match=r"does not cover this call \(.*and with weights='stages' no rank"):
+            pipe(1, size=12)
+        with pytest.raises(UsageError, match="no rank has the whole of it"):
+            pipe(1, guidance_scale=1.0)
+        assert torch.equal(pipe(1), simulated(plan, 1))
         held = parallel.held_bytes()
+        layers = capture_branch(pipe.denoiser, plan.model.signature).layers
+        predicted = plan_memory(
+            layers, plan.model.signature, plan.patterns, plan.partitions, ranks=ranks, parameter_bytes=whole,
+            stage_weights=True,
+        )
+        assert held == pytest.approx([memory.parameters for memory in predicted], rel=0.05)
         assert all(0 < part < 0.75 * whole for part in held)
         assert whole <= sum(held) < 1.3 * whole  # stages may share a parameter
         with pytest.raises(UsageError, match="no rank has the whole of it"), parallel.bypassed():
