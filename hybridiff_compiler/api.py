@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from .ir import LayerGraph, Link, Partition, Pattern, Profile, UsageError
+from .ir import LayerGraph, Link, Partition, Pattern, PlanMismatchError, Profile, UsageError
 
 __all__ = ["profile", "profile_costs"]
 
@@ -29,6 +29,7 @@ def profile(
     gpus: Iterable[int] = (1, 2, 4),
     link: Link | None = None,
     errors_from: Profile | None = None,
+    cuts_from: Profile | None = None,
     backend: str | None = None,
     partial: Path | None = None,
     helpers: int | None = None,
@@ -55,6 +56,9 @@ def profile(
         link: between the GPUs that will run it, if stages shall recompute cheap layers whose values take longer to
             arrive over it (default: they receive everything).
         errors_from: a profile of the same generations made on another device; only costs are measured then.
+        cuts_from: a profile of the same denoiser whose partitions and patterns are measured anew, on the schedules that
+            were tried for it, instead of ones that follow this session's times. With its seed and prompts the error
+            curves then reproduce exactly.
         backend: what stages are timed with, `eager` or `inductor` (default: inductor on CUDA, eager elsewhere).
         partial: file for the state of an unfinished session: written as parts finish, continued when it exists, deleted
             at the end.
@@ -66,7 +70,8 @@ def profile(
     Raises:
         UsageError: no prompts, a number of steps below 3, or a number of GPUs out of range.
         InputError: the pipeline makes no guided calls, has no decoder, or its scheduler is stochastic.
-        PlanMismatchError: `errors_from` is not for these generations, or `partial` is of another session.
+        PlanMismatchError: `errors_from` or `cuts_from` is not for these generations, or `partial` is of another
+            session.
     """
     from .planner import candidate_partitions, measured_patterns
     from .planner.sampling import trial_schedules
@@ -102,15 +107,22 @@ def profile(
         backend=_backend(find_denoiser(pipe)[1], backend),
         partial=partial,
         helpers=_helpers(pipe) if helpers is None else helpers,
-        tables_for=f"GPUs {worlds}" + (f", link {link}" if link is not None else ""),
+        tables_for=f"GPUs {worlds}" + (f", link {link}" if link is not None else "")
+        + (f", cuts of {cuts_from.digest()[:16]}" if cuts_from is not None else ""),
         on_progress=on_progress,
     )
 
     def tables(graph: LayerGraph, costs: Sequence[float]) -> tuple[tuple[Partition, ...], tuple[Pattern, ...]]:
+        if cuts_from is not None:
+            if cuts_from.model.fingerprint != graph.fingerprint():
+                raise PlanMismatchError("cuts cannot be taken over from a profile of another denoiser or size")
+            return cuts_from.partitions, cuts_from.patterns
         partitions = candidate_partitions(graph, costs, worlds, link=link)
         return partitions, measured_patterns(partitions, worlds)
 
     def schedules(profile: Profile) -> Sequence[tuple[tuple[str, ...], str]]:
+        if cuts_from is not None:  # which schedules are tried follows times, too
+            profile = profile.model_copy(update={"costs": cuts_from.costs})
         return trial_schedules(profile, random=3 if quick else 10, seed=seed)
 
     return session.measure(tables, schedules, errors_from)

@@ -33,6 +33,8 @@ def command(
     dtype: Annotated[str | None, typer.Option(help="torch dtype [default: float32 on cpu, float16 on cuda].")] = None,
     errors_from: Annotated[Path | None, typer.Option(
         help="Take the errors over from this profile of the same generations; measure only costs here.")] = None,
+    cuts_from: Annotated[Path | None, typer.Option(
+        help="Measure the tables of this profile anew: with its seed, errors come out the same.")] = None,
     costs_only: Annotated[bool, typer.Option(
         "--costs-only", help="Only times: layers, stages and links; no images, no errors.")] = False,
     random_weights: Annotated[bool, typer.Option(
@@ -108,6 +110,7 @@ def command(
                 num_inference_steps=steps or loaded.num_inference_steps,
                 guidance_scale=guidance_scale or loaded.guidance_scale,
                 seed=seed, threads=threads if device == "cpu" else None, quick=quick, full=full, errors_from=known,
+                cuts_from=None if cuts_from is None else Profile.load(cuts_from),
                 backend=backend, partial=partial, on_progress=on_progress,
                 **call_options(loaded, height, width),
             )

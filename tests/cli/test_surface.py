@@ -11,9 +11,9 @@ SURFACE = {
     "demo": ["--out", "--reprofile", "--profiles", "--prompts", "--models", "--json"],
     "profile": [
         "MODEL", "--output/-o", "--prompt", "--prompts", "--limit", "--steps", "--guidance-scale", "--height",
-        "--width", "--seed", "--threads", "--device", "--dtype", "--errors-from", "--costs-only",
-        "--random-weights", "--gpus", "--backend", "--jobs", "--max-seconds", "--estimate", "--fit", "--quick",
-        "--full", "--restart", "--json",
+        "--width", "--seed", "--threads", "--device", "--dtype", "--errors-from", "--cuts-from",
+        "--costs-only", "--random-weights", "--gpus", "--backend", "--jobs", "--max-seconds", "--estimate", "--fit",
+        "--quick", "--full", "--restart", "--json",
     ],
     "plan": [
         "PROFILE", "--gpus", "--min-psnr", "--speedup", "--max-latency-ms", "--policy", "--quantile", "--adaptive",

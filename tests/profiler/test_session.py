@@ -158,3 +158,16 @@ def test_threads_are_restored():
     with pinned_threads(before + 1):
         assert torch.get_num_threads() == before + 1
     assert torch.get_num_threads() == before
+
+
+def test_the_same_tables_and_seed_give_the_same_errors(bench, profile):
+    """With the cuts of another profile nothing of the errors depends on how long anything took."""
+    if bench.name != "unet":
+        pytest.skip("one model is enough")
+    again = measure(bench, cuts_from=profile)
+    assert again.partitions == profile.partitions
+    assert (again.errors, again.guidance, again.compounding) == (profile.errors, profile.guidance, profile.compounding)
+    with pytest.raises(PlanMismatchError, match="another denoiser"):
+        measure(bench, cuts_from=profile.model_copy(
+            update={"model": profile.model.model_copy(update={"fingerprint": "0" * 64})}
+        ))
