@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from capture.decoders import kl
 
 from hybridiff_compiler.ir import InputError, UsageError, WorkerError
-from hybridiff_compiler.runtime.decode_route import faster
+from hybridiff_compiler.runtime.decode_route import choose_decoding, faster
 from hybridiff_compiler.runtime.parallelize import parallelize
 from hybridiff_compiler.runtime.transport import Channel
 
@@ -94,6 +95,23 @@ def test_rank_0_alone(pipe: TinyPipeline) -> None:
     with parallelize(pipe, plan, threads=1, decode="auto") as parallel:  # leaves CPUs to the pipeline
         assert "decode" not in pipe.vae.__dict__
         assert parallel.decode_seconds == {}
+
+
+@torch.no_grad()
+def test_auto_measures_both(pipe: TinyPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    def as_on_gpus(pipe, plan, mode, device):
+        return replace(choose_decoding(pipe, plan, "rows", device), mode=mode)
+
+    monkeypatch.setattr("hybridiff_compiler.runtime.parallelize.choose_decoding", as_on_gpus)
+    latents = pipe(0)
+    plain = pipe.vae.decode(latents).sample
+    with parallelize(pipe, tiny_plan(pipe), threads=1, decode="auto") as parallel:
+        assert set(parallel.decode_seconds) == {"driver", "rows"}
+        before = decoded(parallel)
+        torch.testing.assert_close(pipe.vae.decode(latents).sample, plain, rtol=1e-3, atol=1e-4)
+        by_rows = parallel.decode_seconds["rows"] < parallel.decode_seconds["driver"]
+        assert (decoded(parallel) > before) == by_rows
+        pipe(0)
 
 
 @torch.no_grad()
