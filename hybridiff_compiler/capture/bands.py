@@ -120,7 +120,7 @@ class _Lowering:
 
     def _visit(self, node: fx.Node) -> None:
         split = self._source.splits.get(node)
-        if split is None or len(self._bounds) == 1:
+        if split is None or (len(self._bounds) == 1 and not self._is_rewritten(node)):
             self._local[node] = self._copy(node, self._whole)
         elif node.target is operator.getitem and self._source.splits[node.args[0]].kind == "norm":  # type: ignore[index]
             self._local[node] = self._local[node.args[0]]  # type: ignore[index]
@@ -132,6 +132,11 @@ class _Lowering:
             self._local[node] = self._normalise(node, self._band(operand, split.reads[operand]))
         else:
             self._local[node] = self._copy(node, lambda n: self._operand(n, split), split)
+
+    def _is_rewritten(self, node: fx.Node) -> bool:
+        """Whether one rank alone gets a norm as several operations: torch's own wants the channels outermost."""
+        source: Any = node.args[0] if node.target is operator.getitem else node
+        return self._channels_last and source in self._source.splits and self._source.splits[source].kind == "norm"
 
     def _operand(self, node: fx.Node, split: Split) -> fx.Node:
         rows = split.reads.get(node)

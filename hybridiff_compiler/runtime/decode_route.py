@@ -1,4 +1,4 @@
-"""`pipe.vae.decode` of an unmodified pipeline, routed to compiled graphs on one rank or on all of them."""
+"""`pipe.vae.decode` of an unmodified pipeline, routed to captured graphs on one rank or on all of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["MODES", "DecodeMode", "Decoding", "choose_decoding", "faster", "rout
 
 DecodeMode = Literal["auto", "pipeline", "driver", "rows"]
 MODES: tuple[DecodeMode, ...] = ("auto", "pipeline", "driver", "rows")
-"""Who decodes images: the pipeline as it comes; rank 0 by one compiled graph; all ranks, a band of rows each; or, on
+"""Who decodes images: the pipeline as it comes; rank 0 by one captured graph; all ranks, a band of rows each; or, on
 GPUs, whichever of the last two is faster when measured (on CPUs the pipeline, as compiling gains little there and ranks
 share the processor)."""
 _TIMED = 3

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ParallelPipeline", "parallelize"]
 
+_DECODE_BACKEND = "eager"
+"""Of decoders: an image is decoded once per generation, so graphs that are ready in seconds are worth more than fused
+ones that take minutes to compile. On GPUs they are replayed as CUDA graphs."""
 _START_TIMEOUT_S = 600.0
 """Longest time for a worker to import, take the weights and build its graphs; a dead one is noticed at once."""
 
@@ -77,7 +80,7 @@ def parallelize(
         backend: see `hybridiff_compiler.backends`; default: eager on CPUs, inductor on GPUs, where the graphs are
             always replayed as CUDA graphs.
         batch_sizes: numbers of images per call to have graphs ready for; others are built when they first occur.
-        decode: who decodes images, see `decode_route.MODES`: `pipeline` (as it comes), `driver` (one compiled graph),
+        decode: who decodes images, see `decode_route.MODES`: `pipeline` (as it comes), `driver` (one graph),
             `rows` (all ranks, a band each; equal up to rounding), or `auto` (on GPUs what is fastest when measured).
         on_progress: called with (what, done, total) while graphs are built, which can take minutes.
 
@@ -281,7 +284,7 @@ class ParallelPipeline:
         )
         helpers = f" in {building.helpers + 1} processes" if building.helpers else ""
         building.run(lambda done, total: report(f"building stage graphs{helpers}", done, total))
-        parts = self._decode_parts(backend, report)
+        parts = self._decode_parts(report)
         if self._pool is not None:
             self._pool.wait_for(READY, timeout_s=_START_TIMEOUT_S)
         watch = None
@@ -296,7 +299,7 @@ class ParallelPipeline:
         self._resources.enter_context(intercept(pipe, self._driver, settle=settle))
         self._route_decodes(parts)
 
-    def _decode_parts(self, backend: str, report: Callable[[str, int, int], None]) -> dict[str, DecodeRank]:
+    def _decode_parts(self, report: Callable[[str, int, int], None]) -> dict[str, DecodeRank]:
         """Rank 0's part of every way to decode that may be used, ready to run."""
         decoding, parts = self._decoding, {}
         if decoding is not None:
@@ -304,7 +307,7 @@ class ParallelPipeline:
             for way in worlds if decoding.mode == "auto" else [decoding.mode]:
                 parts[way] = part = DecodeRank(
                     decoding.decoder, decoding.call, rank=0, ranks=worlds[way], device=self._devices[0],
-                    backend=_decode_backend(backend),
+                    backend=_DECODE_BACKEND,
                 )
                 part.prepare(lambda done, total: report("building graphs of the decoder", done, total))
         return parts
@@ -332,7 +335,7 @@ class ParallelPipeline:
         start = {
             "plan": plan.model_dump_json(), "backend": backend,
             "settings": NumericSettings.current().to_json(), "devices": [str(device) for device in self._devices],
-            "batch_sizes": self._batch_sizes, "decode_backend": _decode_backend(backend),
+            "batch_sizes": self._batch_sizes, "decode_backend": _DECODE_BACKEND,
             "held": held, "decode": None if self._decoding is None else self._decoding.call.to_json(),
         } | address
         for rank in range(1, plan.world_size):
@@ -350,11 +353,6 @@ class ParallelPipeline:
                 send_held(transport, tensors, held)
         except (PeerError, RuntimeError) as error:
             raise pool.failure("starting", suspect=getattr(error, "peer", None)) from error
-
-
-def _decode_backend(backend: str) -> str:
-    """Bundles hold no decoder; what is not compiled ahead is run as it is (as CUDA graphs on GPUs)."""
-    return "eager" if is_bundle(backend) else backend
 
 
 def _threads_per_rank(world_size: int) -> int:

@@ -44,6 +44,12 @@ def test_channels_last_changes_nothing_but_memory() -> None:
     graph = row_graph(vae, latents)
     torch.testing.assert_close(
         in_bands(graph, latents, 2, channels_last=True), whole(vae, latents), rtol=1e-4, atol=3e-5)
+    alone = band_program(graph, 0, 1, channels_last=True)
+    assert len(alone.phases) == 1
+    names = {str(n.target) for n in alone.phases[0].module.graph.nodes if n.op == "call_function"}
+    assert not any("group_norm" in name for name in names)
+    torch.testing.assert_close(
+        in_bands(graph, latents, 1, channels_last=True), whole(vae, latents), rtol=1e-4, atol=3e-5)
     program = band_program(graph, 0, 2, channels_last=True)
     clones = [
         n for p in program.phases for n in p.module.graph.nodes
