@@ -25,7 +25,7 @@ from .settings import NumericSettings
 __all__ = ["RankBuild"]
 
 _MODULE = "hybridiff_compiler.runtime.builder"
-_WORTH_HELP = 3
+_WORTH_HELP = 2
 """Missing graphs from which on helpers pay: they take a while to start, and what they built still has to be loaded."""
 _OWN_CORES = 2
 """That a rank needs for building beside its helpers."""

@@ -10,7 +10,6 @@ import torch
 from torch._dynamo.utils import counters
 
 from hybridiff_compiler.ir import InputError
-from hybridiff_compiler.runtime import building
 from hybridiff_compiler.runtime.ahead import Builders
 from hybridiff_compiler.runtime.building import RankBuild
 from hybridiff_compiler.runtime.executor import RankExecutors, capture_for
@@ -39,7 +38,6 @@ def executors(backend: str = "inductor"):  # type: ignore[no-untyped-def]
 @pytest.mark.slow
 def test_other_processes_fill_the_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, denoiser, made = executors()
-    monkeypatch.setattr(building, "_WORTH_HELP", 2)
 
     def build() -> RankBuild:
         return RankBuild(plan, denoiser, made, (1, 2), rank=0, backend="inductor", neighbours=1, jobs=1)
