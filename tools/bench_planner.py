@@ -43,6 +43,7 @@ from hybridiff_compiler.ir import (
     Value,
 )
 from hybridiff_compiler.planner import Problem, Worker, candidate_partitions, divide, measured_patterns, solve_problem
+from hybridiff_compiler.profiler.grid import GAPS, LONGEST_TREND
 
 SDXL = "sdxl"
 SIZES = ((50, 2, 50), (100, 4, 50), (200, 8, 50), (400, 16, 100), (1000, 64, 1000))
@@ -232,7 +233,9 @@ def _profile(
         for source in sources or ["none"]:
             rmse = level * 4 ** (0.5 - step / steps) * (0.3 + 0.7 * age) * np.exp(rng.normal(0, 0.05, (steps, MAX_AGE)))
             rows = tuple(map(tuple, (rmse if source != "none" else rmse[:, :1]).tolist()))
-            curves.append(ErrorCurve(source=source, rmse=rows))
+            if pattern.trend:
+                rows = tuple(row[:LONGEST_TREND] for row in rows)
+            curves += [ErrorCurve(source=source, gap=gap, rmse=rows) for gap in (GAPS if pattern.trend else (None,))]
         errors.append(PatternErrors(pattern=pattern.name, curves=tuple(curves)))
     model = ModelInfo(
         name="bench", denoiser="none", fingerprint=graph.fingerprint(), parameter_bytes=0, dtype="float16",

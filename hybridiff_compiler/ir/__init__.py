@@ -27,6 +27,7 @@ from .profile import (
     Redundancy,
     ScheduleCheck,
     StageCost,
+    at_gap,
 )
 from .schedule import (
     AdaptiveSchedule,
@@ -47,5 +48,5 @@ __all__ = [
     "Link", "ModelInfo", "Partition", "Pattern", "PatternErrors", "Plan", "PlanMismatchError", "PlanProvenance",
     "Predictions", "Profile", "Provenance", "RankSpec", "Read", "Redundancy", "Schedule", "ScheduleCheck", "Segment",
     "StageCost", "Statistic", "SwitchedSchedule", "TargetError", "Unit", "UsageError", "Value", "WorkerError",
-    "check_reads", "dry_run", "format_steps", "lower", "parse_steps", "write_text_atomically",
+    "at_gap", "check_reads", "dry_run", "format_steps", "lower", "parse_steps", "write_text_atomically",
 ]

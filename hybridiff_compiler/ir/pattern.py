@@ -35,6 +35,7 @@ BRANCHES: tuple[Branch, Branch] = ("uncond", "cond")
 
 _LETTER: dict[Branch, str] = {"uncond": "u", "cond": "c"}
 _BRANCH: dict[str, Branch] = {"u": "uncond", "c": "cond"}
+_COMBINE = re.compile(r"([a-z]+)(?:\+(\d+(?:\.\d+)?))?")
 _UNIT = re.compile(r"([uc])(\d+)@(\d+)(?:\(([^()]*)\))?")
 _READ = re.compile(r"([uc])(\d+)([~-]?)")
 
@@ -49,7 +50,8 @@ class Combine(StrEnum):
     DELTA = "delta"
     """One estimate was computed; the other follows from the last known difference between the branches."""
     LAST = "last"
-    """Nothing was computed; the last pair that is not mirrored stands in."""
+    """Nothing was computed; the last pair that is not mirrored stands in, or with a `Pattern.trend` the last exact one,
+    moved on along the line through the last two exact ones."""
 
 
 class Read(Data):
@@ -113,6 +115,10 @@ class Pattern(Data):
     """Number of stages of the partition."""
     units: tuple[Unit, ...] = ()
     combine: Combine
+    trend: float = Field(default=0.0, ge=0, le=1)
+    """Of `LAST` only: how far the estimates of the last two exact steps, a and b, are extrapolated to this step i:
+    `e_b + trend (i - b) / (b - a) (e_b - e_a)`. 1 is the straight line (the rule behind two-step Adams-Bashforth
+    methods), 0 repeats what there is."""
 
     @model_validator(mode="after")
     def _check(self) -> Pattern:
@@ -143,6 +149,10 @@ class Pattern(Data):
                         f"pattern {self.name!r}: unit {unit} reads {read} fresh, which no unit computes; "
                         "compute it or mark the read stale with '~'"
                     )
+        if self.trend and self.combine is not Combine.LAST:
+            raise ValueError(
+                f"pattern {self.name!r}: trend {self.trend:g} goes with combine 'last' only, got {self.combine.value!r}"
+            )
         computed = len(self.estimated_branches)
         needed = {Combine.CFG: 2, Combine.MIRROR: 1, Combine.DELTA: 1, Combine.LAST: 0}[self.combine]
         if computed != needed:
@@ -179,7 +189,7 @@ class Pattern(Data):
     def table(self) -> str:
         """The printable form of the units and the combination; `parse` is its inverse."""
         units = " ".join(map(str, self.units)) or "-"
-        return f"{units} | {self.combine.value}"
+        return f"{units} | {self.combine.value}{f'+{self.trend:g}' if self.trend else ''}"
 
     @classmethod
     def parse(cls, name: str, table: str, *, partition: str = WHOLE, stages: int = 1) -> Self:
@@ -189,9 +199,12 @@ class Pattern(Data):
             InputError: the text does not follow the grammar, or the table is not valid.
         """
         body, bar, combine = table.partition("|")
-        if not bar or combine.strip() not in set(Combine):
+        combination = _COMBINE.fullmatch(combine.strip())
+        if not bar or combination is None or combination[1] not in set(Combine):
             allowed = ", ".join(c.value for c in Combine)
-            raise InputError(f"pattern {name!r}: {table!r} must end with '| COMBINE', COMBINE one of {allowed}")
+            raise InputError(
+                f"pattern {name!r}: {table!r} must end with '| COMBINE', COMBINE one of {allowed} (or last+TREND)"
+            )
         units = []
         for word in body.split() if body.strip() != "-" else ():
             match = _UNIT.fullmatch(word)
@@ -212,7 +225,8 @@ class Pattern(Data):
             )
         try:
             return cls(
-                name=name, partition=partition, stages=stages, units=tuple(units), combine=Combine(combine.strip())
+                name=name, partition=partition, stages=stages, units=tuple(units), combine=Combine(combination[1]),
+                trend=float(combination[2] or 0),
             )
         except ValueError as error:
             raise InputError(str(error)) from None

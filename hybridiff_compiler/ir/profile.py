@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Literal, Self
@@ -17,7 +18,7 @@ from .signature import CallSignature
 
 __all__ = [
     "Broadcast", "Compounding", "Costs", "ErrorCurve", "Guidance", "LayerTiming", "Link", "ModelInfo", "PatternErrors",
-    "Profile", "Provenance", "Redundancy", "ScheduleCheck", "StageCost",
+    "Profile", "Provenance", "Redundancy", "ScheduleCheck", "StageCost", "at_gap",
 ]
 
 
@@ -229,6 +230,9 @@ class ErrorCurve(Data):
 
     source: Source
     """What ages: stale stage activations, the remembered estimates (`delta`, `last`), or nothing."""
+    gap: int | None = Field(default=None, ge=1)
+    """Of patterns with a trend: steps between the two exact ones that the line is drawn through. They have a curve per
+    measured gap; the others none."""
     rmse: tuple[tuple[float, ...], ...]
     """`rmse[step][age - 1]`: root mean square error of the final image (values in [0, 1]), geometric mean over
     prompts. Source `none` has one column."""
@@ -240,10 +244,19 @@ class ErrorCurve(Data):
 
 
 class PatternErrors(Data):
-    """Error curves of one pattern; the error of a step is the sum over its sources."""
+    """Error curves of one pattern; the error of a step is the sum over its sources (of a trend, at its gap)."""
 
     pattern: str
     curves: tuple[ErrorCurve, ...] = Field(min_length=1)
+
+
+def at_gap(curves: Sequence[ErrorCurve], gap: int) -> tuple[ErrorCurve, ...]:
+    """The curves that hold at a gap of a trend: those without one, and of the others the ones measured at the least gap
+    that is not smaller. None of those where the gap is larger than all that were measured."""
+    measured = [curve.gap for curve in curves if curve.gap is not None and curve.gap >= gap]
+    if not measured:
+        return tuple(curve for curve in curves if curve.gap is None)
+    return tuple(curve for curve in curves if curve.gap in (None, min(measured)))
 
 
 class ErrorSampling(Data):

@@ -167,7 +167,7 @@ class Pricing:
         candidate, priced = np.empty(shape), np.empty(shape)
         for step in range(steps - 1, 0, -1):
             later = costs[-1]
-            best = np.repeat(self._latency[self._exact] + later[:1], shape[0], axis=0)
+            best = self._latency[self._exact] + later[self._target[self._exact]]
             if self._head <= step < steps - self._tail:
                 for p in self._cheap:
                     np.multiply.outer(self._errors[step, p], prices, out=priced)
@@ -185,7 +185,7 @@ class Pricing:
         columns, state = np.arange(len(prices)), np.zeros(len(prices), dtype=np.int64)
         for step in range(1, self._num_steps):
             if not self._head <= step < self._num_steps - self._tail:
-                state[:] = 0
+                state = self._target[self._exact, state]
                 continue
             after = np.where(self._target[:, state] < 0, 0, self._target[:, state])
             total = costs[step][after, columns] + self._latency[:, None]

@@ -43,6 +43,8 @@ class Family:
     reused: bool
     """Whether inner stages are not computed."""
     combine: Combine
+    trend: float = 0.0
+    """See `Pattern.trend`."""
     exact: bool = False
     """Whether its steps are exact; such a family cannot be switched off."""
 
@@ -59,6 +61,8 @@ FAMILIES: tuple[Family, ...] = (
     Family(name="branch-reuse", work="both", divided=True, reused=True, combine=Combine.CFG),
     Family(name="cond-reuse", work="cond", divided=True, reused=True, combine=Combine.DELTA),
     Family(name="reuse", work="nothing", divided=False, reused=True, combine=Combine.LAST),
+    Family(name="half-trend", work="nothing", divided=False, reused=True, combine=Combine.LAST, trend=0.5),
+    Family(name="trend", work="nothing", divided=False, reused=True, combine=Combine.LAST, trend=1.0),
 )
 """Every consistent choice but three: an estimate of two branches takes no difference between them, one without its
 inner stages is not also left unguided, and the paper's front and back are both computed."""
@@ -100,7 +104,7 @@ def generate_patterns(partitions: Sequence[Partition], gpus: int = 2) -> tuple[P
     every = list(placed.values())
     kept = _distinct(table for candidate, table in every if not _pointless(candidate, table, every))
     for table in kept:
-        dry_run([kept[0], table, table])
+        dry_run([kept[0], kept[0], table, table])
     return kept
 
 
@@ -156,7 +160,7 @@ def _candidates(partitions: Sequence[Partition]) -> Iterator[_Candidate]:
 def _whole(family: Family) -> Pattern:
     branches: dict[Work, tuple[Branch, ...]] = {"both": ("uncond", "cond"), "cond": ("cond",), "nothing": ()}
     units = tuple(Unit(branch=branch, stage=0, rank=0) for branch in branches[family.work])
-    return Pattern(name=family.name, units=units, combine=family.combine)
+    return Pattern(name=family.name, units=units, combine=family.combine, trend=family.trend)
 
 
 def _computed(family: Family, kind: str, stages: int) -> tuple[int, ...]:

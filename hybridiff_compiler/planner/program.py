@@ -20,15 +20,19 @@ class Program:
     def __init__(self, tables: Sequence[StepTable], space: StateSpace, ticks: NDArray[np.int64]) -> None:
         self._tables, self._space, self._ticks = tables, space, ticks
         self._exact = next(p for p, table in enumerate(tables) if table.pattern.is_exact)
-        # Transitions by target. State 0 is entered by the exact pattern from every state, in order of states.
+        # Transitions by target, those by the exact pattern first, in order of states.
         incoming: list[list[tuple[int, int]]] = [[] for _ in range(len(space))]
-        incoming[0] = [(self._exact, state) for state in range(len(space))]
+        for state, target in enumerate(space.target[self._exact]):
+            incoming[target].append((self._exact, state))
+        self._repaired = {
+            target: np.array([state for _, state in edges]) for target, edges in enumerate(incoming) if edges
+        }
         for p, table in enumerate(tables):
             if not table.pattern.is_exact:
                 for state, target in enumerate(space.target[p]):
                     if target >= 0:
                         incoming[target].append((p, state))
-        self._cheap = [edges[len(space):] if state == 0 else edges for state, edges in enumerate(incoming)]
+        self._cheap = [edges[len(self._repaired.get(state, ())) :] for state, edges in enumerate(incoming)]
         self._first = np.cumsum([0, *map(len, incoming)])
         self._edges = np.array([edge for edges in incoming for edge in edges], dtype=np.int32)
         self._pointer = np.dtype(np.int16 if max(map(len, incoming)) < 2**15 else np.int32)
@@ -47,7 +51,7 @@ class Program:
             labels, pointer, reached = self._advance(labels, reached, step, only_exact)
             pointers.append(pointer)
             count += int(np.isfinite(labels).sum())
-        return self._trace(labels[0], pointers), count
+        return self._trace(labels, pointers), count
 
     def _advance(
         self, labels: NDArray[np.float64], reached: NDArray[np.bool_], step: int, only_exact: bool
@@ -56,14 +60,17 @@ class Program:
         after = np.full((states, width + int(self._ticks.max())), np.inf)
         pointer: NDArray[np.integer] = np.zeros(after.shape, dtype=self._pointer)
         reached_after = np.zeros(states, dtype=bool)
-        reached_after[0] = True
 
-        rows = np.flatnonzero(reached)
-        active = labels[rows]
-        least = active.argmin(axis=0)
         shift = int(self._ticks[self._exact])
-        after[0, shift : shift + width] = np.take_along_axis(active, least[None, :], axis=0)[0]
-        pointer[0, shift : shift + width] = rows[least]
+        for target, sources in self._repaired.items():
+            numbers = np.flatnonzero(reached[sources])
+            if not len(numbers):
+                continue
+            reached_after[target] = True
+            active = labels[sources[numbers]]
+            least = active.argmin(axis=0)
+            after[target, shift : shift + width] = np.take_along_axis(active, least[None, :], axis=0)[0]
+            pointer[target, shift : shift + width] = numbers[least]
         if only_exact:
             return after, pointer, reached_after
 
@@ -71,7 +78,7 @@ class Program:
         offsets = self._ticks.tolist()
         candidate, better = np.empty(width), np.empty(width, dtype=bool)
         for target, edges in enumerate(self._cheap):
-            skipped = states if target == 0 else 0
+            skipped = len(self._repaired.get(target, ()))
             for number, (p, state) in enumerate(edges, start=skipped):
                 if not reached[state]:
                     continue
@@ -83,11 +90,13 @@ class Program:
                 np.copyto(pointer[target, here], number, where=better, casting="unsafe")
         return after, pointer, reached_after
 
-    def _trace(self, final: NDArray[np.float64], pointers: list[NDArray[np.integer]]) -> NDArray[np.int16]:
-        """Schedules of the labels in state 0 at the end that no cheaper label beats."""
+    def _trace(self, labels: NDArray[np.float64], pointers: list[NDArray[np.integer]]) -> NDArray[np.int16]:
+        """Schedules of the labels at the end, after an exact step, that no cheaper label beats."""
+        last = np.array([0, *self._repaired]) if not pointers else np.array(list(self._repaired))
+        final = labels[last].min(axis=0)
         best_before = np.concatenate([[np.inf], np.minimum.accumulate(final)[:-1]])
         ticks = np.flatnonzero(final < best_before)
-        states = np.zeros(len(ticks), dtype=np.int64)
+        states = last[labels[np.ix_(last, ticks)].argmin(axis=0)]
         choices = np.full((len(ticks), len(pointers) + 1), self._exact, dtype=np.int16)
         for step in range(len(pointers), 0, -1):
             edges = self._edges[self._first[states] + pointers[step - 1][states, ticks]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..ir import Profile
+from .patterns import FAMILIES
 from .problem import Problem
 from .solve import solve_problem
 
@@ -12,16 +13,16 @@ __all__ = ["LEVELS_DB", "proposals"]
 
 LEVELS_DB = (22.0, 26.0, 30.0, 34.0, 38.0, 42.0, 46.0)
 """Error levels, `-20 log10(summed error)`, near which schedules are proposed."""
-_FREE = ("reuse",)
-"""Left out for every other proposal: plans without it must be predicted too."""
+_FREE = tuple(family.name for family in FAMILIES if family.work == "nothing")
+"""Left out for every other proposal: plans without steps that compute nothing must be predicted too."""
 
 
 def proposals(profile: Profile, levels: Sequence[float] = LEVELS_DB) -> list[tuple[tuple[str, ...], float]]:
     """Schedules of the kind that targets lead to, with the sums of their step errors.
 
-    They are points of the two-rank frontier nearest to each of `levels`, and of the frontier without `reuse` nearest
-    to every second one: the planner picks what it predicts best, so a fit to planned schedules also takes out the
-    optimism of that choice. Each schedule comes once; exact ones do not come.
+    They are points of the two-rank frontier nearest to each of `levels`, and of the frontier without steps that compute
+    nothing nearest to every second one: the planner picks what it predicts best, so a fit to planned schedules also
+    takes out the optimism of that choice. Each schedule comes once; exact ones do not come.
 
     Raises:
         InputError: the profile has no pattern errors.

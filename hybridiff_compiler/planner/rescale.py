@@ -6,7 +6,8 @@ along the trajectory counted in the profile's steps,
 
 - step j of the new schedule sits at the position whose noise level it has;
 - its error is that of one profiled step around there, times the number of profiled steps that it spans;
-- an age of `a` new steps is the distance back to the position of the step that computed the value.
+- an age of `a` new steps is the distance back to the position of the step that computed the value, and likewise the
+  gap of a trend.
 
 Between measured steps and ages errors are straight lines; nothing has aged at distance 0, so sources of pure staleness
 start from no error there. Compounding (the summed error's PSNR) is taken over: a sum over twice as many steps of half
@@ -76,12 +77,14 @@ def at_steps(
     grid = np.arange(old)
     middle = np.clip(position + (span - 1) / 2, 0, old - 1)
     errors = tuple(
-        PatternErrors(pattern=each.pattern, curves=tuple(
-            _curve(curve, _pure(profile, each.pattern, curve), position, middle, span, typical)
-            for curve in each.curves
+        PatternErrors(pattern=each.pattern, curves=(
+            *(_curve(curve, _pure(profile, each.pattern, curve), position, middle, span, typical)
+              for curve in each.curves if curve.gap is None),
+            *_trends([curve for curve in each.curves if curve.gap is not None], position, middle, span, typical),
         ))
         for each in profile.errors
     )
+
     def moved(curves: Guidance) -> Guidance:
         return curves.model_copy(update={"rel_mae": tuple(
             tuple(np.interp(position, grid, row).tolist()) for row in curves.rel_mae
@@ -161,6 +164,33 @@ def _curve(
             back = position[step] - position[step - age] if age <= step else age * typical
             result[step, age - 1] = _at(known[step], back)
     return ErrorCurve(source=curve.source, rmse=tuple(map(tuple, (result * span[:, None]).tolist())))
+
+
+def _trends(
+    curves: Sequence[ErrorCurve], position: NDArray[np.float64], middle: NDArray[np.float64],
+    span: NDArray[np.float64], typical: float,
+) -> list[ErrorCurve]:
+    """As `_curve`, at the measured gaps that, counted in new steps, are no larger than the largest measured one."""
+    if not curves:
+        return []
+    curves = sorted(curves, key=lambda curve: curve.gap or 0)
+    gaps = [curve.gap or 0 for curve in curves]
+    steps = np.arange(len(curves[0].rmse))
+    known = np.zeros((len(gaps), len(position), 1 + curves[0].max_age))
+    for row, curve in zip(known, curves):
+        row[:, 1:] = np.stack([np.interp(middle, steps, column) for column in np.asarray(curve.rmse).T], axis=1)
+    largest = max(1, min(_MAX_AGE, int(curves[0].max_age / typical + 1e-9)))
+    result = []
+    for gap in [gap for gap in gaps if gap * typical <= gaps[-1] + 1e-9] or [1]:
+        rmse = np.empty((len(position), largest))
+        for step in range(len(position)):
+            for age in range(1, largest + 1):
+                back = position[step] - position[step - age] if age <= step else age * typical
+                early = age + gap > step
+                apart = gap * typical if early else position[step - age] - position[step - age - gap]
+                rmse[step, age - 1] = np.interp(apart, gaps, [_at(rows[step], back) for rows in known])
+        result.append(ErrorCurve(source="memory", gap=gap, rmse=tuple(map(tuple, (rmse * span[:, None]).tolist()))))
+    return result
 
 
 def _at(row: NDArray[np.float64], distance: float) -> float:

@@ -28,6 +28,10 @@ class StepTable:
     """`[step, age - 1]`, or None when its error does not depend on the age of remembered estimates."""
     base: NDArray[np.float64] | None = None
     """`[step]`, or None when the rest has no error."""
+    trends: NDArray[np.float64] | None = None
+    """`[step, number of the gap, age - 1]` of a pattern with a trend, `memory` being None; else None."""
+    gaps: tuple[int, ...] = ()
+    """The measured gaps of `trends`, rising; between two of them the larger one counts."""
 
     @property
     def activation_limit(self) -> int | None:
@@ -37,17 +41,27 @@ class StepTable:
     @property
     def memory_limit(self) -> int | None:
         """Largest measured age of remembered estimates; None when every age will do."""
+        if self.trends is not None:
+            return self.trends.shape[2]
         return None if self.memory is None else self.memory.shape[1]
 
     def errors(
-        self, step: int, activation_age: NDArray[np.integer] | None, memory_age: NDArray[np.integer]
+        self, step: int, activation_age: NDArray[np.integer] | None, memory_age: NDArray[np.integer],
+        gap: NDArray[np.integer] | None = None,
     ) -> NDArray[np.float64]:
-        """Error of running `step` at these ages (arrays); infinite at ages that were not measured."""
+        """Error of running `step` at these ages and, of a trend, this gap (arrays); infinite at such as were not
+        measured."""
         total = np.full(memory_age.shape, 0.0 if self.base is None else self.base[step])
         for curve, ages in ((self.activations, activation_age), (self.memory, memory_age)):
             if curve is not None and ages is not None:
                 width = curve.shape[1]
                 total += np.where(ages <= width, curve[step, np.clip(ages, 1, width) - 1], np.inf)
+        if self.trends is not None:
+            assert gap is not None, "whoever follows ages follows the gap where a pattern has a trend"
+            number, width = np.searchsorted(self.gaps, gap), self.trends.shape[2]
+            known = (number < len(self.gaps)) & (memory_age <= width)
+            at = self.trends[step, np.minimum(number, len(self.gaps) - 1), np.clip(memory_age, 1, width) - 1]
+            total += np.where(known, at, np.inf)
         return total
 
     def limited(self, activation_age: int) -> StepTable:
@@ -69,7 +83,7 @@ def step_tables(
 
     Raises:
         UsageError: a latency is missing.
-        InputError: a curve is about something that the pattern does not take from earlier steps.
+        InputError: a curve is about something that the pattern does not take from earlier steps, or lacks its gap.
     """
     tables = []
     for pattern in patterns:
@@ -80,7 +94,10 @@ def step_tables(
             tables.append(StepTable(pattern, latencies[pattern.name]))
         elif measured is not None:
             table = StepTable(pattern, latencies[pattern.name])
+            table = _with_trends(table, measured)
             for curve in measured.curves:
+                if curve.gap is not None:
+                    continue
                 _check_source(pattern, curve.source)
                 rmse = np.asarray(curve.rmse, dtype=float)
                 if curve.source == "none":
@@ -91,6 +108,19 @@ def step_tables(
                     table = replace(table, memory=_sum(table.memory, rmse))
             tables.append(table)
     return tuple(tables)
+
+
+def _with_trends(table: StepTable, measured: PatternErrors) -> StepTable:
+    by_gap = {curve.gap: np.asarray(curve.rmse, dtype=float) for curve in measured.curves if curve.gap is not None}
+    if bool(by_gap) != bool(table.pattern.trend):
+        raise InputError(
+            f"pattern {table.pattern} has a trend of {table.pattern.trend:g} and error curves at the gaps "
+            f"{sorted(by_gap)}; patterns with a trend need a curve per gap, others must not have one"
+        )
+    if not by_gap:
+        return table
+    width, gaps = min(rmse.shape[1] for rmse in by_gap.values()), tuple(sorted(by_gap))
+    return replace(table, trends=np.stack([by_gap[gap][:, :width] for gap in gaps], axis=1), gaps=gaps)
 
 
 def schedule_errors(tables: Sequence[StepTable], choices: NDArray[np.int16]) -> NDArray[np.float64]:
@@ -106,17 +136,18 @@ def schedule_errors(tables: Sequence[StepTable], choices: NDArray[np.int16]) -> 
     reads = {index: _slots_read(patterns[index], slots) for index in used}
     renewed = {index: _slots_renewed(patterns[index], slots) for index in used}
     ages = np.full((len(choices), 1 + len(slots)), NEVER, dtype=np.int64)
+    gap = np.full(len(choices), NEVER, dtype=np.int64)
     total = np.zeros(len(choices))
     for step, column in enumerate(choices.T):
         after = np.minimum(ages + 1, NEVER)
         for index in np.unique(column):
             rows, table = np.flatnonzero(column == index), tables[index]
             if table.pattern.is_exact:
-                after[rows] = 1
+                after[rows], gap[rows] = 1, ages[rows, 0]
                 continue
             read = reads[index]
             oldest = ages[np.ix_(rows, read)].max(axis=1) if len(read) else None
-            total[rows] += table.errors(step, oldest, ages[rows, 0])
+            total[rows] += table.errors(step, oldest, ages[rows, 0], gap[rows])
             after[np.ix_(rows, renewed[index])] = 1
         ages = after
     return total
@@ -156,9 +187,12 @@ def _beats(rival: StepTable, table: StepTable, earlier: bool) -> bool:
     if rival.pattern.is_exact and not table.pattern.is_exact:
         return True
     better = rival.latency_s < table.latency_s
-    for mine, theirs in (
-        (rival.base, table.base), (rival.activations, table.activations), (rival.memory, table.memory)
-    ):
+    if (rival.trends is None) != (table.trends is None) or rival.gaps != table.gaps:
+        return False
+    pairs = [(rival.base, table.base), (rival.activations, table.activations), (rival.memory, table.memory)]
+    if rival.trends is not None and table.trends is not None:
+        pairs += [(rival.trends[:, gap], table.trends[:, gap]) for gap in range(len(table.gaps))]
+    for mine, theirs in pairs:
         if mine is None and theirs is None:
             continue
         if mine is None or theirs is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..ir import AgeModel, ErrorCurve, Pattern, PatternErrors
+from ..ir import AgeModel, ErrorCurve, Pattern, PatternErrors, at_gap
 
 __all__ = ["group_of", "grouped_errors", "weighted"]
 
@@ -37,7 +37,7 @@ def grouped_errors(
     for step, name in enumerate(steps):
         pattern = patterns[name]
         if not pattern.is_exact:
-            for curve in errors[name].curves:
+            for curve in at_gap(errors[name].curves, model.gap(ages, pattern)):
                 age = {
                     "activations": model.activation_age(ages, pattern), "memory": model.memory_age(ages, pattern),
                     "none": 1,
@@ -61,4 +61,4 @@ def weighted(
 
 def _scaled(curve: ErrorCurve, factor: float) -> ErrorCurve:
     rows = tuple(tuple(float(f"{value * factor:.6g}") for value in row) for row in curve.rmse)
-    return ErrorCurve(source=curve.source, rmse=rows)
+    return ErrorCurve(source=curve.source, gap=curve.gap, rmse=rows)

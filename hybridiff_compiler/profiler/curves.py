@@ -26,21 +26,25 @@ def error_curves(
         ages: ages that were measured (of patterns whose error depends on one).
         num_steps: steps of a generation.
     """
-    patterns: dict[str, dict[str, list[Option]]] = {}
+    patterns: dict[str, dict[tuple[str, int], list[Option]]] = {}
     for option in options:
-        patterns.setdefault(option.pattern, {}).setdefault(option.source, []).append(option)
+        patterns.setdefault(option.pattern, {}).setdefault((option.source, option.gap), []).append(option)
     results = []
     for pattern, sources in patterns.items():
         curves = []
-        for source, members in sources.items():
+        for (source, gap), members in sources.items():
             known = {
                 (step, option.age): image_error([batch.steps[step][option] for batch in batches], batches[0].pixels)
                 for step in range(num_steps) for option in members if option in batches[0].steps[step]
             }
-            table = fill_table(known, num_steps, 1 if source == "none" else max(ages))
+            if not known:
+                continue  # a generation of so few steps has no such gap
+            oldest = max(option.age for option in members) if gap else 1 if source == "none" else max(ages)
+            table = fill_table(known, num_steps, oldest)
             rows = tuple(tuple(float(f"{value:.6g}") for value in row) for row in table)
-            curves.append(ErrorCurve(source=members[0].source, rmse=rows))
-        results.append(PatternErrors(pattern=pattern, curves=tuple(curves)))
+            curves.append(ErrorCurve(source=members[0].source, gap=gap or None, rmse=rows))
+        if curves:
+            results.append(PatternErrors(pattern=pattern, curves=tuple(curves)))
     return tuple(results)
 
 

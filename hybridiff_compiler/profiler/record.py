@@ -23,7 +23,7 @@ from ..runtime.intercept import GuidedCall
 from ..runtime.schedule_state import discrepancy
 from ..runtime.segments import SegmentRunner, Slot
 from ..runtime.simulator import run_pattern
-from .grid import FULL, Grid
+from .grid import FULL, GAPS, LONGEST_TREND, Grid
 
 __all__ = ["Option", "Recorder", "Recording", "guided", "options_of"]
 
@@ -37,6 +37,8 @@ class Option:
     pattern: str
     source: Source
     age: int
+    gap: int = 0
+    """Of a pattern with a trend: steps between the two exact ones that it looks back to; else 0."""
 
 
 @dataclass
@@ -61,8 +63,8 @@ def guided(pair: Pair, scale: float) -> Tensor:
     return pair["uncond"] + scale * (pair["cond"] - pair["uncond"])
 
 
-def options_of(patterns: Sequence[Pattern], ages: Sequence[int]) -> list[Option]:
-    """Every (pattern, source, age) to measure; patterns that are exact have none."""
+def options_of(patterns: Sequence[Pattern], ages: Sequence[int], gaps: Sequence[int] = GAPS) -> list[Option]:
+    """Every (pattern, source, age, gap) to measure; patterns that are exact have none."""
     options: list[Option] = []
     for pattern in patterns:
         if pattern.is_exact:
@@ -73,7 +75,10 @@ def options_of(patterns: Sequence[Pattern], ages: Sequence[int]) -> list[Option]
         if pattern.combine in (Combine.DELTA, Combine.LAST):
             sources.append("memory")
         for source in sources:
-            options += [Option(pattern.name, source, age) for age in ages]
+            known = [age for age in ages if not pattern.trend or age <= LONGEST_TREND]
+            options += [
+                Option(pattern.name, source, age, gap) for gap in (gaps if pattern.trend else (0,)) for age in known
+            ]
         if not sources:
             options.append(Option(pattern.name, "none", 1))
     return options
@@ -133,10 +138,12 @@ class Recorder:
             record.changes.append(_changes(values, self._values[1]))
         exact = guided(pair, self._guidance_scale)
         self._evaluated.clear()
-        ages = self._grid.ages_at(call.step, call.num_steps)
+        ages = {
+            gap: self._grid.ages_at(call.step, call.num_steps, gap) for gap in {option.gap for option in self._options}
+        }
         record.deviations.append(
             {option: guided(self._estimate(option, call), self._guidance_scale) - exact
-             for option in self._options if option.age in ages}
+             for option in self._options if option.age in ages[option.gap]}
         )
         self._evaluated.clear()
         self._on_step(call.step, call.num_steps)
@@ -147,11 +154,12 @@ class Recorder:
         pattern, pairs = self._patterns[option.pattern], self.recording.pairs
         memory = EstimateMemory()
         if option.source == "memory":
-            memory.preset(pairs[-1 - option.age])
-            return memory.pair(pattern.combine, {b: pairs[-1][b] for b in pattern.estimated_branches})
+            for back in (option.age + option.gap, option.age)[0 if option.gap else 1 :]:
+                memory.preset(pairs[-1 - back], call.step - back)
+            return memory.pair(pattern, {b: pairs[-1][b] for b in pattern.estimated_branches}, call.step)
         memory.preset(pairs[-1])
         age = option.age if option.source == "activations" else 0
-        return memory.pair(pattern.combine, self._evaluate(pattern, age, call))
+        return memory.pair(pattern, self._evaluate(pattern, age, call), call.step)
 
     def _evaluate(self, pattern: Pattern, age: int, call: GuidedCall) -> dict[Branch, Tensor]:
         """The estimates that `pattern` computes when everything it reads stale is `age` steps old."""

@@ -182,15 +182,36 @@ class Judge:
             schedule=FixedSchedule(steps=steps),
         )
 
+    @property
+    def free_patterns(self) -> tuple[Pattern, ...]:
+        """The tables that compute nothing."""
+        return tuple(pattern for pattern in self._everything.patterns if not pattern.units)
+
+    def row(self, name: str, speedup: float, steps: tuple[str, ...]) -> EqualCostRow:
+        """A schedule of one's own, to be measured."""
+        return self._row(name, speedup, steps)
+
+    def pattern(self, name: str) -> Pattern:
+        """The table called `name`."""
+        return self._everything.by_name[name]
+
+    def work_speedup(self, steps: Sequence[str]) -> float:
+        """Evaluations of one rank over those of a schedule; infinite for one without any."""
+        spent = math.fsum(self._everything.work[step] for step in steps)
+        return self._problem.single_s / spent if spent else math.inf
+
+    def predicted_db(self, steps: tuple[str, ...]) -> float | None:
+        """Predicted mean PSNR of a schedule of all steps; None where it is exact or cannot be predicted."""
+        error = self._everything.error(steps) if len(steps) == self.num_steps else None
+        return None if error is None or error <= 0 else self._everything.psnr_db(error)
+
     def _budget(self, speedup: float) -> float:
         return self._problem.single_s / speedup
 
     def _row(self, name: str, speedup: float, steps: tuple[str, ...]) -> EqualCostRow:
-        spent = math.fsum(self._everything.work[step] for step in steps)
-        error = self._everything.error(steps) if len(steps) == self.num_steps else None
-        predicted = None if error is None or error <= 0 else self._everything.psnr_db(error)
         return EqualCostRow(
-            name=name, budget=speedup, steps=steps, work_speedup=self._problem.single_s / spent, predicted_db=predicted
+            name=name, budget=speedup, steps=steps, work_speedup=self.work_speedup(steps),
+            predicted_db=self.predicted_db(steps),
         )
 
     def _papers(self, speedup: float) -> Iterator[EqualCostRow]:
@@ -240,9 +261,9 @@ class Judge:
             saved = self._problem.work[exact] - self._everything.work[pattern.name]
             if pattern.is_exact or saved <= 0 or family_of(pattern.name) in self._without:
                 continue
-            count = math.floor(excess / saved + 1e-9)
-            if 0 < count <= self.num_steps - 2:
-                steps = alternating_steps(self.num_steps, count, exact, pattern.name)
+            count, head = math.floor(excess / saved + 1e-9), int(pattern.trend > 0)  # a trend needs two exact steps
+            if 0 < count <= self.num_steps - 2 - head:
+                steps = (exact,) * head + alternating_steps(self.num_steps - head, count, exact, pattern.name)
                 yield self._row(f"alternating {pattern.name}", speedup, steps)
 
 

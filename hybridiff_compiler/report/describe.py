@@ -170,5 +170,6 @@ def _errors_table(profile: Profile) -> Table:
         for curve in errors.curves:
             for age in sorted({1, curve.max_age}):
                 cells = [f"{curve.rmse[step][age - 1]:.1e}" for step in steps]
-                table.add_row(errors.pattern, curve.source, str(age), *cells)
+                source = curve.source if curve.gap is None else f"{curve.source}, gap {curve.gap}"
+                table.add_row(errors.pattern, source, str(age), *cells)
     return table

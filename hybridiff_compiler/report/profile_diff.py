@@ -215,7 +215,8 @@ def _errors(profile: Profile) -> dict[str, float]:
         for curve in errors.curves:
             for age in sorted({1, curve.max_age}):
                 column = [row[age - 1] for row in curve.rmse]
-                found[f"{errors.pattern}, {curve.source}, age {age}"] = sum(column) / len(column)
+                at = f"age {age}" if curve.gap is None else f"age {age}, gap {curve.gap}"
+                found[f"{errors.pattern}, {curve.source}, {at}"] = sum(column) / len(column)
     return found
 
 

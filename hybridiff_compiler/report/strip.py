@@ -11,7 +11,7 @@ __all__ = ["count_patterns", "legend", "letters", "representative_steps", "strip
 
 _PREFERRED = {
     "single": "S", "branch": "B", "paper": "P", "cond-pipe": "c", "cond-pipe-unguided": "u", "branch-reuse": "r",
-    "reuse": ".",
+    "reuse": ".", "trend": "/", "half-trend": "-",
 }
 
 

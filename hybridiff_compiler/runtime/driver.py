@@ -255,7 +255,7 @@ class Driver:
                 self._watch.finish()  # a worker that failed must not go unnoticed by the last step
             except BaseException as error:
                 self._fail(error, "the last steps of a generation")
-        pair = self._estimates.pair(pattern.combine, computed)
+        pair = self._estimates.pair(pattern, computed, call.step)
         if covered and pattern.is_exact:
             self._schedule.observe(call.step, pair)
         return pair

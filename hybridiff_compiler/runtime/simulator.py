@@ -101,7 +101,7 @@ class Simulator:
         self.executed.append(pattern.name)
         computed, written = run_pattern(self._runner, pattern, call.inputs, self._values)
         self._values.update(written)
-        pair = self._estimates.pair(pattern.combine, computed)
+        pair = self._estimates.pair(pattern, computed, call.step)
         if covered and pattern.is_exact:
             self._state.observe(call.step, pair)
         return pair

@@ -76,6 +76,29 @@ def test_the_dry_run_agrees_with_the_ages_once_a_step_was_exact(steps: list[Patt
         assert MODEL.activation_age(after(*steps[:index]), pattern) < NEVER
 
 
+TREND = Pattern.parse("trend", "- | last+0.5")
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from((BRANCH, BRANCH_REUSE, REUSE)), max_size=12))
+def test_the_gap_is_the_distance_of_the_last_two_exact_steps(steps: list[Pattern]) -> None:
+    model = AgeModel.of((*ALL, TREND))
+    ages = model.start
+    for pattern in steps:
+        ages = model.advance(ages, pattern)
+    exact = [index for index, pattern in enumerate(steps) if pattern is BRANCH]
+    assert model.gap(ages, TREND) == (exact[-1] - exact[-2] if len(exact) > 1 else NEVER)
+    assert model.gap(ages, REUSE) == 0
+    assert model.memory_age(ages, TREND) == (len(steps) - exact[-1] if exact else NEVER)
+    assert ages[: len(MODEL.start)] == after(*steps)
+
+
+def test_a_trend_needs_two_exact_steps() -> None:
+    check_reads([BRANCH, REUSE, BRANCH, TREND])
+    with pytest.raises(InputError, match=r"step 2: pattern trend.* extrapolates from two exact steps, but 1 came"):
+        check_reads([BRANCH, REUSE, TREND])
+
+
 @pytest.mark.parametrize(
     ("steps", "message"),
     [

@@ -26,6 +26,7 @@ from .graphs import unet_like
 # Error of one step in the middle of a generation at age 1, after shared/FACTS-like 10-step windows of a U-Net.
 _LEVEL = {
     "paper": 4.0e-3, "cond-pipe-unguided": 3.2e-3, "cond-pipe": 0.5e-3, "branch-reuse": 0.8e-3, "reuse": 2.0e-3,
+    "half-trend": 1.6e-3, "trend": 1.5e-3,
 }
 _MEMORY_LEVEL = 1.2e-3
 
@@ -45,11 +46,11 @@ def make_profile(
     partitions = candidate_partitions(graph, layers.tolist())
     patterns = generate_patterns(partitions, 2)
 
-    def curve(level: float, source: str) -> ErrorCurve:
+    def curve(level: float, source: str, gap: int | None = None) -> ErrorCurve:
         step, age = np.arange(num_steps)[:, None], np.arange(1, max_age + 1)[None, :]
         rmse = level * 4 ** (0.5 - step / num_steps) * (0.3 + 0.7 * age)
         rmse = rmse * np.exp(rng.normal(0.0, noise, rmse.shape))
-        return ErrorCurve(source=source, rmse=tuple(map(tuple, rmse.tolist())))  # type: ignore[arg-type]
+        return ErrorCurve(source=source, gap=gap, rmse=tuple(map(tuple, rmse.tolist())))  # type: ignore[arg-type]
 
     errors = []
     for pattern in patterns:
@@ -57,7 +58,9 @@ def make_profile(
             continue
         level = _LEVEL[family_of(pattern.name)] * (0.6 if pattern.partition == "nested" else 1.0)
         curves = [] if pattern.combine is Combine.LAST else [curve(level, "activations")]
-        if pattern.combine in (Combine.LAST, Combine.DELTA):
+        if pattern.trend:
+            curves = [curve(level * (0.8 + 0.2 * gap), "memory", gap) for gap in (1, 2, 4)]
+        elif pattern.combine in (Combine.LAST, Combine.DELTA):
             curves.append(curve(level if pattern.combine is Combine.LAST else _MEMORY_LEVEL, "memory"))
         errors.append(PatternErrors(pattern=pattern.name, curves=tuple(curves)))
 

@@ -33,7 +33,9 @@ cond-pipe-unguided:linear on linear: c0@0(c1~) c1@1(c0~) | mirror
 cond-pipe-unguided:nested on nested: c0@0(c1~) c1@1(c0~) | mirror
 branch-reuse:nested on nested: u1@0(u0~) c1@1(c0~) | cfg
 branch-reuse:thin on thin: u1@0(u0~) c1@1(c0~) | cfg
-reuse: - | last"""
+reuse: - | last
+half-trend: - | last+0.5
+trend: - | last+1"""
 
 
 def test_the_tables_for_two_ranks() -> None:
@@ -52,7 +54,9 @@ branch-reuse:nested on nested: u1@0(u0~) c1@0(c0~) | cfg
 branch-reuse:thin on thin: u1@0(u0~) c1@0(c0~) | cfg
 cond-reuse:nested on nested: c1@0(c0~) | delta
 cond-reuse:thin on thin: c1@0(c0~) | delta
-reuse: - | last"""
+reuse: - | last
+half-trend: - | last+0.5
+trend: - | last+1"""
 
 
 def test_one_rank_leaves_out_branches_and_stages_instead_of_dividing_them() -> None:
@@ -84,7 +88,7 @@ def test_every_table_is_valid_for_its_ranks(gpus: int) -> None:
     assert len({p.name for p in patterns}) == len(patterns)
     assert max(p.world_size for p in patterns) == gpus
     for pattern in patterns:
-        dry_run([exact, pattern, pattern])
+        dry_run([exact, exact, pattern, pattern])
         assert Pattern.parse(pattern.name, pattern.table, partition=pattern.partition, stages=pattern.stages) == pattern
         for placed in placements(pattern, gpus):
             assert placed.world_size <= gpus
@@ -107,7 +111,7 @@ def test_a_profile_measures_every_table_of_its_worlds_once() -> None:
     assert len({p.name for p in measured}) == len(measured)
     assert [p.name for p in measured if p.is_exact] == ["single", "branch"]
     assert max(p.world_size for p in measured) == 2
-    assert sum(not p.is_exact for p in measured) < 24
+    assert sum(not p.is_exact for p in measured) < 26
     wanted = {rank_free(p) for gpus in (1, 2, 4) for p in generate_patterns(MANY, gpus)}
     assert {rank_free(p) for p in measured} == wanted
 

@@ -273,7 +273,7 @@ def test_without_leaves_families_out(profile: Profile) -> None:
     for without in (("reuse",), ("branch-reuse",), ("reuse", "branch-reuse"), "reuse"):
         names = {family_of(name) for point in frontier(profile, 2, without) for name in point.steps}
         assert not names & ({without} if isinstance(without, str) else set(without))
-    everything = ("paper", "cond-pipe", "cond-pipe-unguided", "branch-reuse", "reuse")
+    everything = ("paper", "cond-pipe", "cond-pipe-unguided", "branch-reuse", "reuse", "half-trend", "trend")
     assert plan(profile, min_psnr=20, without=everything).is_exact
     with_reuse, no_reuse = (plan(profile, min_psnr=20, without=w) for w in ((), ("reuse",)))
     assert with_reuse.predictions.latency_s <= no_reuse.predictions.latency_s + 1e-9

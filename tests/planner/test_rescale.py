@@ -22,7 +22,9 @@ def smooth(num_steps: int, max_age: int = 8) -> Profile:
     age = np.arange(1, max_age + 1) * size
     rmse = tuple(map(tuple, (rate[:, None] * age[None, :] * size).tolist()))
     errors = tuple(
-        PatternErrors(pattern=e.pattern, curves=tuple(ErrorCurve(source=c.source, rmse=rmse) for c in e.curves))
+        PatternErrors(
+            pattern=e.pattern, curves=tuple(ErrorCurve(source=c.source, gap=c.gap, rmse=rmse) for c in e.curves)
+        )
         for e in profile.errors
     )
     curve = tuple((0.5 - 0.3 * (np.arange(num_steps) + 1) * size).tolist())
@@ -71,7 +73,9 @@ def test_mirrored_patterns_keep_the_error_of_lost_guidance() -> None:
     profile = smooth(20)
     rmse = tuple((0.3, 0.4, 0.5) for _ in range(20))
     flat = tuple(
-        PatternErrors(pattern=e.pattern, curves=tuple(ErrorCurve(source=c.source, rmse=rmse) for c in e.curves))
+        PatternErrors(
+            pattern=e.pattern, curves=tuple(ErrorCurve(source=c.source, gap=c.gap, rmse=rmse) for c in e.curves)
+        )
         for e in profile.errors
     )
     finer = at_steps(profile.model_copy(update={"errors": flat}), 40)
@@ -114,9 +118,24 @@ def test_derived_profiles_are_valid(steps: int, strength: float) -> None:
         return
     derived = at_steps(profile, steps, strength=strength)
     again = Profile.parse(derived.model_dump_json())
-    assert again.num_steps == int(steps * strength) == len(again.noise_levels)
+    assert again.num_steps == int(steps * strength)
+    assert len(again.noise_levels) == (0 if derived is profile else again.num_steps)  # it recorded none
     assert list(again.noise_levels) == sorted(again.noise_levels, reverse=True)
-    assert min(curves(again).min(), curves(again, "reuse").min()) >= 0
+    assert min(curves(again).min(), curves(again, "reuse").min(), curves(again, "trend").min()) >= 0
+
+
+@pytest.mark.parametrize("steps", [10, 25, 50])
+def test_trends_of_longer_steps_look_further_back(steps: int) -> None:
+    profile = make_profile(num_steps=50, max_age=8, noise=0)
+    (errors,) = [each for each in profile.errors if each.pattern == "trend"]
+    known = {curve.gap: np.array(curve.rmse) for curve in errors.curves}
+    (derived,) = [each for each in at_steps(profile, steps).errors if each.pattern == "trend"]
+    found = {curve.gap: np.array(curve.rmse) for curve in derived.curves}
+    coarser = 50 // steps
+    assert set(found) == {gap for gap in known if gap * coarser <= 4} or set(found) == {1}
+    for gap, rmse in found.items():
+        expected = known[min(4, gap * coarser)][25, coarser - 1] * coarser
+        assert rmse[steps // 2, 0] == pytest.approx(expected, rel=0.2)
 
 
 @pytest.mark.parametrize(

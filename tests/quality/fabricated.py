@@ -71,4 +71,7 @@ def _errors(pattern, steps):
         sources.append("activations")
     if pattern.combine in (Combine.DELTA, Combine.LAST):
         sources.append("memory")
-    return PatternErrors(pattern=pattern.name, curves=tuple(ErrorCurve(source=s, rmse=rows) for s in sources))
+    gaps = (1, 2) if pattern.trend else (None,)
+    return PatternErrors(
+        pattern=pattern.name, curves=tuple(ErrorCurve(source=s, gap=gap, rmse=rows) for s in sources for gap in gaps)
+    )

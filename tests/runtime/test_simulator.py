@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hybridiff_compiler.ir import AdaptiveSchedule, Combine
+from hybridiff_compiler.ir import AdaptiveSchedule, Combine, Pattern
 from hybridiff_compiler.runtime.estimates import EstimateMemory
 from hybridiff_compiler.runtime.intercept import intercept
 from hybridiff_compiler.runtime.schedule_state import ScheduleState, discrepancy
@@ -125,15 +125,40 @@ def test_state_of_the_adaptive_rule_fires_at_the_cap():
     assert names == ["b"] * 5 + ["p"] * 2 + ["b"] * 3
 
 
+EXACT = Pattern.parse("exact", "u0@0 c0@1 | cfg")
+CHEAP = Pattern.parse("cheap", "u1@0(u0~) c1@1(c0~) | cfg", partition="p", stages=2)
+DELTA = Pattern.parse("delta", "c0@0 | delta")
+MIRROR = Pattern.parse("mirror", "c0@0 | mirror")
+LAST = Pattern.parse("last", "- | last")
+
+
 def test_estimate_memory_combines_as_the_tables_say():
     memory = EstimateMemory()
     u, c, c2 = torch.tensor([1.0]), torch.tensor([3.0]), torch.tensor([4.0])
-    assert memory.pair(Combine.CFG, {"uncond": u, "cond": c}) == {"uncond": u, "cond": c}
-    delta = memory.pair(Combine.DELTA, {"cond": c2})
+    assert memory.pair(EXACT, {"uncond": u, "cond": c}, 0) == {"uncond": u, "cond": c}
+    delta = memory.pair(DELTA, {"cond": c2}, 1)
     assert delta["cond"] == 4
     assert delta["uncond"] == 2
-    assert memory.pair(Combine.LAST, {})["uncond"] == 2
-    mirror = memory.pair(Combine.MIRROR, {"cond": c})
+    assert memory.pair(LAST, {}, 2)["uncond"] == 2
+    mirror = memory.pair(MIRROR, {"cond": c}, 3)
     assert mirror["uncond"] is mirror["cond"]
-    assert memory.pair(Combine.LAST, {})["uncond"] is not mirror["uncond"]  # guidance is not lost for longer
-    assert memory.pair(Combine.DELTA, {"cond": c2})["uncond"] == 2  # the guided pair, not the mirrored one
+    assert memory.pair(LAST, {}, 4)["uncond"] is not mirror["uncond"]  # guidance is not lost for longer
+    assert memory.pair(DELTA, {"cond": c2}, 5)["uncond"] == 2  # the guided pair, not the mirrored one
+
+
+@pytest.mark.parametrize("trend", [0.5, 1.0])
+def test_a_trend_is_a_line_through_the_last_two_exact_pairs(trend: float):
+    memory = EstimateMemory()
+    pattern = Pattern(name="t", combine=Combine.LAST, trend=trend)
+
+    def pair(value: float) -> dict[str, torch.Tensor]:
+        return {"uncond": torch.tensor([value]), "cond": torch.tensor([2 * value])}
+
+    for step, value in ((0, 50.0), (1, 10.0), (4, 16.0)):
+        memory.pair(EXACT, pair(value), step)
+    memory.pair(CHEAP, pair(-99.0), 5)  # is not exact, so no line goes through it
+    memory.pair(DELTA, {"cond": torch.tensor([7.0])}, 6)
+    found = memory.pair(pattern, {}, 7)
+    assert found["uncond"] == pytest.approx(16 + trend * (7 - 4) / (4 - 1) * (16 - 10))
+    assert found["cond"] == pytest.approx(32 + trend * (7 - 4) / (4 - 1) * (32 - 20))
+    assert memory.pair(pattern, {}, 8)["uncond"] == pytest.approx(16 + trend * (8 - 4) / (4 - 1) * (16 - 10))
