@@ -18,7 +18,9 @@ from .timing import wall_timer
 
 __all__ = ["GraphBuilder", "Job", "Sampler", "distinct_segments", "segment_of"]
 
-_SAMPLE_S = 0.1
+_SAMPLE_S = 0.2
+"""Long enough for a GPU's clocks to fall to what they are in a loop."""
+_MOST_REPEATS = 60
 
 Sampler = Callable[[], tuple[float, ...]]
 """Evaluates a graph; seconds per evaluation, or of every layer in graph order."""
@@ -77,7 +79,7 @@ class GraphBuilder:
         """Build the graph of `job`: compiled and, on CUDA, recorded. Each call of the result is one sample.
 
         A segment on a CPU: wall time with the joining of its inputs, as a rank runs it. On CUDA: device time of the
-        recorded graph on values that the denoiser really produces, over so many replays that they take 0.1 s.
+        recorded graph on values that the denoiser really produces, over so many replays that they take 0.2 s.
 
         Raises:
             UsageError, InputError, PlanMismatchError: see `SegmentRunner`.
@@ -95,7 +97,7 @@ class GraphBuilder:
             return lambda: (timer(),)
         run()  # leaves real values in the recorded buffers
         once = max(runner.seconds(segment, repeats=1), 1e-6)
-        repeats = max(1, min(20, round(_SAMPLE_S / once)))
+        repeats = max(1, min(_MOST_REPEATS, round(_SAMPLE_S / once)))
         torch.cuda.empty_cache()
         return lambda: (runner.seconds(segment, repeats),)
 

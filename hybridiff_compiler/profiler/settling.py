@@ -181,25 +181,29 @@ class _Session:
 
     def start(self, partitions: tuple[Partition, ...], patterns: tuple[Pattern, ...]) -> dict[Segment, _Key]:
         """Have the graphs that `patterns` launch built, unless they were already; what each segment evaluates."""
-        captured = {batch: self._bare.captured(batch) for batch in (1,)}
-        runner = SegmentRunner(
-            self._bare.denoiser, self._bare.signature, patterns, partitions, backend=self._backend, captured=captured,
-        )
+        captured = self._bare.captured(1)
         stages = {each.name: each for each in (*partitions, Partition.whole(self._bare.layers))}
         keys: dict[Segment, _Key] = {}
         jobs: dict[Hashable, Job] = {}
-        for number, segment in enumerate(distinct_segments(patterns).values()):
-            taps = dict.fromkeys(name for _, name in runner.values_written(segment))
-            shares = captured[1].shares(stages[segment.partition].evaluated(segment.stages), taps)
-            key = (frozenset((name, round(part, 3)) for name, part in shares.items()), len(segment.branches))
-            keys[segment] = key
-            if key not in self._asked:
-                name = f"{segment.partition} {','.join(map(str, segment.stages))} x{key[1]} #{len(self._asked)}"
-                self._asked[key] = (name, segment)
-                jobs[name] = Job(
-                    kind="segment", backend=self._backend, partitions=partitions, patterns=patterns, segment=number,
-                    batch=key[1],
-                )
+        for partition in dict.fromkeys(pattern.partition for pattern in patterns):
+            # A plan has few patterns: a stage is timed without the values that those on other cuts would want of it.
+            used = tuple(pattern for pattern in patterns if pattern.partition == partition)
+            cut = tuple(each for each in partitions if each.name == partition)
+            runner = SegmentRunner(
+                self._bare.denoiser, self._bare.signature, used, cut, backend=self._backend, captured={1: captured},
+            )
+            for number, segment in enumerate(distinct_segments(used).values()):
+                taps = dict.fromkeys(name for _, name in runner.values_written(segment))
+                shares = captured.shares(stages[partition].evaluated(segment.stages), taps)
+                key = (frozenset((name, round(part, 3)) for name, part in shares.items()), len(segment.branches))
+                keys[segment] = key
+                if key not in self._asked:
+                    name = f"{partition} {','.join(map(str, segment.stages))} x{key[1]} #{len(self._asked)}"
+                    self._asked[key] = (name, segment)
+                    jobs[name] = Job(
+                        kind="segment", backend=self._backend, partitions=cut, patterns=used, segment=number,
+                        batch=key[1],
+                    )
         self._timers.start(dict(sorted(jobs.items(), key=lambda job: -job[1].batch)))
         return keys
 
