@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from .output import Output
 
 __all__ = ["command"]
+
+_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 def command(
@@ -33,6 +36,10 @@ def command(
     costs: Annotated[str, typer.Option(help="measured, or work: denoiser evaluations, whatever the hardware.")] =
     "measured",
     without: Annotated[list[str] | None, typer.Option(help="A family of patterns not to use, e.g. reuse.")] = None,
+    rank_speeds: Annotated[str | None, typer.Option(
+        metavar="SPEEDS", help="Of every rank, relative to the profiled device, rank 0 first, e.g. 1,0.5.")] = None,
+    rank_memory: Annotated[str | None, typer.Option(
+        metavar="SIZES", help="What every rank may need at its peak, or one size for all, e.g. 24GiB,16GiB.")] = None,
     weights: Annotated[str, typer.Option(
         help="stages: every rank holds the parameters of its stages only, for models that do not fit one.")] = "whole",
     pareto: Annotated[bool, typer.Option("--pareto", help="Print the whole frontier instead of one plan.")] = False,
@@ -70,6 +77,9 @@ def command(
         raise UsageError("--weights goes with a single plan or --pareto, not with --adaptive, --objective or "
                          "--arrival-rate")
     dividing: dict[str, Any] = {"weights": weights}
+    ranks: dict[str, Any] = {"speeds": _speeds(rank_speeds), "memory_bytes": _sizes(rank_memory)}
+    if (rank_speeds or rank_memory) and (pareto or in_fleet or adaptive is not None):
+        raise UsageError("--rank-speeds and --rank-memory go with a single plan")
     for file in (output, png, html):
         check_writable(file)
     with opened(json_mode) as out:
@@ -93,7 +103,33 @@ def command(
         else:
             from ..planner import plan as solve
 
-            _show(out, solve(loaded, gpus=gpus, **target, **scope, **dividing), output)
+            _show(out, solve(loaded, gpus=gpus, **target, **scope, **dividing, **ranks), output)
+
+
+def _speeds(text: str | None) -> list[float] | None:
+    from ..ir import UsageError
+
+    try:
+        return None if text is None else [float(word) for word in text.split(",")]
+    except ValueError:
+        raise UsageError(f"got --rank-speeds {text!r}; give a number for every rank, e.g. 1,0.5") from None
+
+
+def _sizes(text: str | None) -> list[int] | int | None:
+    from ..ir import UsageError
+
+    if text is None:
+        return None
+    sizes = []
+    for word in text.split(","):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB)?\s*", word)
+        if match is None:
+            raise UsageError(
+                f"got --rank-memory {text!r}; give sizes such as 24GiB or 800MiB (or KiB, B), one for all ranks or one "
+                "each"
+            )
+        sizes.append(int(float(match[1]) * _UNITS[match[2] or "B"]))
+    return sizes[0] if len(sizes) == 1 else sizes
 
 
 def _show(out: Output, solved: Plan, output: Path | None, fleet: Fleet | None = None) -> None:

@@ -27,6 +27,7 @@ class Problem:
     def __init__(
         self, profile: Profile, gpus: int, without: Iterable[str] = (), extra: Sequence[Pattern] = (),
         ranks: Sequence[RankSpec] | None = None, weights: str = "whole",
+        omit: Iterable[str] = (),
     ) -> None:
         """
         Args:
@@ -35,6 +36,7 @@ class Problem:
             without: families to leave out.
             extra: further candidates, `without` or not.
             ranks: the ranks where they differ in speed; default: all as profiled.
+            omit: names of cheap patterns to leave out.
             weights: `stages`: only patterns in which every rank evaluates one and the same stage (`stage_only`).
 
         Raises:
@@ -60,6 +62,8 @@ class Problem:
             cheap = list(on_own_stages(profile.patterns, partition))
         self.excluded = _check_families(without, cheap)
         offered = exact if weights == "whole" else exact[1:]
+        left_out = frozenset(omit)
+        cheap = [p for p in cheap if p.name not in left_out]
         chosen = [*offered, *(p for p in cheap if family_of(p.name) not in self.excluded), *extra]
         self.patterns: tuple[Pattern, ...] = tuple({pattern.name: pattern for pattern in chosen}.values())
         self.exact = exact[-1]

@@ -24,7 +24,7 @@ from ..ir import (
 )
 from ..ir.versions import installed_versions
 from .certify import certify
-from .memory import predicted_peaks
+from .fitting import Solved, best_that_fits, peaks_of, within_limits
 from .policy import paper_schedule, paper_window
 from .problem import Problem
 from .rescale import at_steps
@@ -79,6 +79,7 @@ def plan(
     without: Iterable[str] = (),
     device: str | None = None,
     speeds: Sequence[float] | None = None,
+    memory_bytes: Sequence[int | None] | int | None = None,
     weights: str = "whole",
 ) -> Plan:
     """The best plan for a target.
@@ -100,12 +101,14 @@ def plan(
         device: `cpu` or `cuda`; default: where the profile was measured.
         speeds: of every rank, relative to the profiled device, where they differ; rank 0 is the driver and the one
             that speed-ups are over.
+        memory_bytes: what every rank may need at its peak (`memory.plan_memory`), one number for all or one per rank,
+            None for no limit; see `fitting`.
         weights: `stages`: every rank holds the parameters of its stages only, for models that do not fit one; only
             patterns that allow that are used, and calls that the plan does not cover are refused when it runs.
 
     Raises:
         UsageError: no target or too many, or an argument out of range.
-        TargetError: no schedule reaches the target; the message names the nearest ones.
+        TargetError: no schedule reaches the target within the memory; the message names the nearest ones.
         InputError: the profile lacks the measurements that the target needs.
     """
     target = Target(
@@ -124,22 +127,31 @@ def plan(
         raise UsageError(f"got costs {costs!r}; choose from {', '.join(COSTS)}")
     if costs == "work" and max_latency_ms is not None:
         raise UsageError("work has no milliseconds; ask for a speedup, or plan with measured costs")
-    ranks = _ranks(_device(profile, device), gpus, speeds)
+    ranks = _ranks(_device(profile, device), gpus, speeds, memory_bytes)
     scaled = at_steps(profile, num_inference_steps, strength=strength)
     if policy == "paper" and weights != "whole":
         raise UsageError("the policy 'paper' has whole exact steps on every rank; use weights='whole' with it")
     if policy == "paper":
-        return _paper_plan(scaled, gpus, without, ranks, asked, profile)
+        return within_limits(_paper_plan(scaled, gpus, without, ranks, asked, profile))
     problem = Problem(scaled, gpus, without, ranks=ranks, weights=weights)
     if policy == "exact":
-        return plan_for_steps(problem, (problem.exact.name,) * scaled.num_steps, ranks, asked, source=profile)
-    solving = problem if costs == "measured" else Problem(
-        in_work_units(scaled), gpus, without, ranks=ranks, weights=weights)
-    solved = solve_problem(solving)
-    point = target.choose(solving, solved)
+        steps = (problem.exact.name,) * scaled.num_steps
+        return within_limits(plan_for_steps(problem, steps, ranks, asked, source=profile))
+    costed = scaled if costs == "measured" else in_work_units(scaled)
+
+    def candidates(omitted: frozenset[str]) -> Problem:
+        return Problem(costed, gpus, without, ranks=ranks, weights=weights, omit=omitted)
+
+    def solve(each: Problem) -> Solved:
+        solved = solve_problem(each)
+        point = target.choose(each, solved)
+        of = solved.error if target.min_psnr is None else solved.latency_s
+        return Solved(each, solved, point, float(of[point]))
+
+    best = best_that_fits(candidates, solve, ranks)
     return plan_for_steps(
-        problem, solved.steps(point), ranks, asked, quantile=quantile,
-        certificate=certify(solving, target, solved, point), source=profile,
+        problem, best.frontier.steps(best.point), ranks, asked, quantile=quantile,
+        certificate=certify(best.problem, target, best.frontier, best.point), source=profile,
     )
 
 
@@ -205,11 +217,7 @@ def make_plan(
     profile = problem.profile
     names = dict.fromkeys(pattern.partition for pattern in patterns if pattern.partition != WHOLE)
     partitions = tuple(profile.partition(name) for name in names)
-    peaks = predicted_peaks(
-        profile.graph, profile.model.signature, patterns, partitions, ranks=len(ranks),
-        parameter_bytes=profile.model.parameter_bytes, recorded=ranks[0].device == "cuda",
-        stage_weights=problem.weights == "stages",
-    )
+    peaks = peaks_of(problem, ranks, patterns)
     return Plan(
         weights="stages" if problem.weights == "stages" else "whole",
         model=profile.model, ranks=ranks, partitions=partitions, patterns=tuple(patterns), exact=problem.exact.name,
@@ -243,8 +251,17 @@ def _device(profile: Profile, device: str | None) -> Device:
     raise UsageError(f"got device {device!r}; choose cpu or cuda")
 
 
-def _ranks(device: Device, gpus: int, speeds: Sequence[float] | None) -> tuple[RankSpec, ...]:
+def _ranks(
+    device: Device, gpus: int, speeds: Sequence[float] | None, memory_bytes: Sequence[int | None] | int | None
+) -> tuple[RankSpec, ...]:
     each = (1.0,) * gpus if speeds is None else tuple(speeds)
     if len(each) != gpus or not all(math.isfinite(speed) and speed > 0 for speed in each):
         raise UsageError(f"got speeds {list(each)} for {gpus} GPUs; give one above 0 for each, rank 0 first")
-    return tuple(RankSpec(device=device, speed=speed) for speed in each)
+    limits: tuple[int | None, ...]
+    limits = (memory_bytes,) * gpus if memory_bytes is None or isinstance(memory_bytes, int) else tuple(memory_bytes)
+    if len(limits) != gpus or not all(limit is None or limit > 0 for limit in limits):
+        raise UsageError(
+            f"got memory_bytes {list(limits)} for {gpus} GPUs; give one number of bytes above 0 for all of them, or "
+            "one for each, rank 0 first"
+        )
+    return tuple(RankSpec(device=device, speed=speed, memory_bytes=limit) for speed, limit in zip(each, limits))

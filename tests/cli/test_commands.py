@@ -20,6 +20,16 @@ def test_plan_writes_what_json_prints(hybridiff, files, tmp_path):
     assert "reuse" not in {pattern.name for pattern in printed.patterns}
 
 
+def test_plan_for_unequal_ranks(hybridiff, files):
+    asked = ("plan", files / "profile.json", "--speedup", "1.5", "--rank-speeds", "1,0.5", "--rank-memory", "1GiB,2GiB")
+    ran = hybridiff(*asked, "--json")
+    assert ran.code == 0
+    assert [(rank.speed, rank.memory_bytes) for rank in Plan.parse(ran.out).ranks] == [(1, 2**30), (0.5, 2**31)]
+    for wrong in (("--rank-speeds", "fast"), ("--rank-memory", "4X"), ("--rank-memory", "1GiB,1GiB,1GiB")):
+        assert hybridiff("plan", files / "profile.json", "--policy", "exact", *wrong).code == 2
+    assert hybridiff("plan", files / "profile.json", "--policy", "exact", "--rank-memory", "1KiB").code == 1
+
+
 def test_plan_for_people(hybridiff, files):
     ran = hybridiff("plan", files / "profile.json", "--policy", "paper")
     assert ran.code == 0
