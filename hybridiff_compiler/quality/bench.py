@@ -146,20 +146,20 @@ class Bench:
             if name == "single-eager":
                 forget_peak(self._device)
                 with _bypassed(parallel):
-                    loop_s, call_s = self._time()
-                eager, peak = loop_s, peak_bytes(self._device) / 2**30
+                    eager = loop_s = self._loop_s()
+                    peak, call_s = peak_bytes(self._device) / 2**30, self._call_s()
                 forget_peak(self._device)
                 patterns, ranks, decode = {"unmodified": self._steps}, 1, "pipeline"
             else:
                 assert parallel is not None
                 parallel.use(plans[name])
-                loop_s, call_s = self._time()
+                loop_s = self._loop_s()
                 patterns, ranks = dict(Counter(parallel.executed)), _ranks_used(plans[name])
                 strong = loop_s if name == "single-compiled" else strong
                 peak, decode = max(built, self._peak_gib(parallel)), parallel.decoded_by
-                if ranks == 1 and decode == "rows":
-                    call_s = None  # other ranks took part in it
             moved = (_traffic(parallel) - before) / ((self._repeats + 1) * self._steps)
+            if name != "single-eager":
+                call_s = None if ranks == 1 and decode == "rows" else self._call_s()  # then others take part in it
             stages = {} if parallel is None or name == "single-eager" else {
                 pattern: max(parallel.stage_seconds(pattern)) for pattern in patterns
             }
@@ -196,19 +196,28 @@ class Bench:
         )
         return max(peaks[0] + rest, *peaks) / 2**30
 
-    def _time(self) -> tuple[float, float | None]:
-        """Seconds of the loop and, with a VAE, of the whole call."""
-        loops, calls = [], []
-        options = dict(self._options) | ({"output_type": "pt"} if self._has_vae else {})
+    def _loop_s(self) -> float:
+        """Median of the denoising loop, without decoding anything."""
+        loops = []
+        for _ in range(self._repeats + 1):
+            with loop_timed(self._pipe) as seconds:
+                self._pipe(num_inference_steps=self._steps, **self._options)
+            loops.append(seconds())
+        return statistics.median(loops[1:])
+
+    def _call_s(self) -> float | None:
+        """Median of the whole call with the decode; None without a VAE."""
+        if not self._has_vae:
+            return None
+        calls = []
         for _ in range(self._repeats + 1):
             _synchronize(self._device)
             begin = time.perf_counter()
-            with loop_timed(self._pipe) as seconds:
-                self._pipe(num_inference_steps=self._steps, **options)
+            self._pipe(num_inference_steps=self._steps, **(dict(self._options) | {"output_type": "pt"}))
             _synchronize(self._device)
             calls.append(time.perf_counter() - begin)
-            loops.append(seconds())
-        return statistics.median(loops[1:]), statistics.median(calls[1:]) if self._has_vae else None
+        forget_peak(self._device)  # a decode as it comes takes several times what the loop does
+        return statistics.median(calls[1:])
 
     def _plans(self, rows: Sequence[str]) -> dict[str, Plan]:
         """One plan per row, all over the same tables."""

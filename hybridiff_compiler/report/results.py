@@ -65,8 +65,8 @@ class BenchRow(Row):
     bytes_per_step: int | None = None
     """Sent and received by rank 0."""
     peak_gib: float | None = None
-    """Memory of the rank that needed most while graphs were built and in the rows so far: reserved by torch on a GPU,
-    else resident. `single-eager` counts alone."""
+    """Memory of the rank that needed most while graphs were built and in the rows so far, without the pipeline's own
+    decode: reserved by torch on a GPU, else resident. `single-eager` counts alone."""
     predicted_peak_gib: float | None = None
     """What was predicted for that (see `planner.memory`), with what else of the pipeline is on rank 0; on GPUs."""
 

@@ -34,7 +34,7 @@ ENVIRONMENT: Mapping[str, str] = {
     # at once, instead of waiting a minute for others to write reports,
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0", "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",
     # nor for Python stacks: a host that waits with the interpreter's lock held would keep it waiting for ever.
-    "TORCH_FR_BUFFER_SIZE": "0", "TORCH_NCCL_TRACE_BUFFER_SIZE": "0",
+    "TORCH_FR_BUFFER_SIZE": "0",
 }
 """What NCCL and torch's process groups are made under."""
 

@@ -15,8 +15,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from runtime.tiny import SignatureRecorder, make_plan
 
 from hybridiff_compiler.ir import Plan, WorkerError
+from hybridiff_compiler.runtime.intercept import intercept
 from hybridiff_compiler.runtime.parallelize import parallelize
 from hybridiff_compiler.runtime.waiting import waits_noticed
 
@@ -46,8 +48,15 @@ def _scheduled(model: GpuModel, name: str) -> Iterator[None]:
         model.pipe.scheduler = before
 
 
-def _exact(plan: Plan) -> Plan:
-    return Plan(**(dict(plan) | {"patterns": (plan.pattern("branch"),), "partitions": ()}))
+def _exact(model: GpuModel) -> Plan:
+    """For the present scheduler: some give timesteps as integers, some as fractions."""
+    recorder = SignatureRecorder()
+    with intercept(model.pipe, recorder):
+        model("a red apple")
+    return make_plan(
+        model.denoiser, recorder.signature, ("branch",) * 8, tables=(("branch", "u0@0 c0@1 | cfg", "whole"),),
+        device="cuda",
+    )
 
 
 @pytest.mark.one_gpu
@@ -66,9 +75,10 @@ def test_torch_tells_that_ddim_waits_and_euler_does_not() -> None:
 @pytest.mark.parametrize("scheduler", list(SCHEDULERS))
 def test_failing_worker(how: str, scheduler: str, model: GpuModel) -> None:
     with _scheduled(model, scheduler):
-        plain = model("a red apple")
-        with _at_most(90), parallelize(model.pipe, _exact(model.plan), backend="eager", timeout_s=TIMEOUT_S) as opened:
+        plain, exact = model("a red apple"), _exact(model)
+        with _at_most(90), parallelize(model.pipe, exact, backend="eager", timeout_s=TIMEOUT_S) as opened:
             model("a red apple")
+            assert opened.executed == ("branch",) * 8
             (pid,) = opened.worker_pids
 
             def strike(pipeline, step, timestep, tensors):  # type: ignore[no-untyped-def]
@@ -90,9 +100,10 @@ def test_worker_hangs_while_the_host_waits_with_the_lock_held(model: GpuModel) -
 
     with (
         _scheduled(model, "euler"), _at_most(120),
-        parallelize(model.pipe, _exact(model.plan), backend="eager", timeout_s=1.0) as opened,
+        parallelize(model.pipe, _exact(model), backend="eager", timeout_s=1.0) as opened,
     ):
         model("a red apple")
+        assert opened.executed == ("branch",) * 8
         (pid,) = opened.worker_pids
 
         def strike(pipeline, step, timestep, tensors):  # type: ignore[no-untyped-def]
