@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from hybridiff_compiler.planner import Worker, nested, rings
 from hybridiff_compiler.planner.layer_times import inner_runs
 
 from .graphs import graph_of, graphs, unet_like
-from .test_divide import with_parameters
+from .test_divide import Model, add, with_parameters
 
 Chain = tuple[tuple[int, int], ...]
 TOLERANCE = 1 + 1e-6
@@ -103,6 +104,102 @@ def test_rings_are_optimal(
     assert border == fewest
     if math.isclose(slack, 0):
         assert slowest == pytest.approx(least)
+
+
+def milp_optimum(
+    graph: LayerGraph, costs: list[int], workers: list[Worker], slack: float
+) -> tuple[float, float] | None:
+    """The same objective as whole numbers per layer: in how many of the inner runs it lies."""
+    fed = {consumer for value in graph.values for consumer in value.consumers}
+    inputs = {name for name in graph.names if name not in fed}
+    for outside in (inputs | {graph.output}, {graph.output}):
+        least = rings_model(graph, costs, workers, outside, None).solve()
+        if least is not None:
+            fewest = rings_model(graph, costs, workers, outside, least * (1 + slack) * TOLERANCE).solve()
+            return None if fewest is None else (least, fewest)
+    return None
+
+
+def rings_model(
+    graph: LayerGraph, costs: list[int], workers: list[Worker], outside: set[str], longest: float | None
+) -> Model:
+    """Minimises the slowest stage, or with `longest` given for it the bytes over the borders."""
+    model, names, runs = Model(), graph.names, range(1, len(workers))
+    objective = model.var("T", whole=False)
+
+    def inside(run: int, name: str, factor: float = 1.0) -> dict[int, float]:
+        return {model.var("in", run, name): factor} if run < len(workers) and name not in outside else {}
+
+    border: dict[int, float] = {}
+    for run in runs:
+        begins = add(*({model.var("begin", run, name): 1} for name in names))
+        model.at_most(begins, 1)  # one run
+        for before, name in pairwise((None, *names)):
+            earlier = {} if before is None else inside(run, before, -1)
+            model.at_most(add(inside(run, name), earlier, {model.var("begin", run, name): -1}), 0)
+            if run > 1:
+                model.at_most(add(inside(run, name), inside(run - 1, name, -1)), 0)
+        for value in graph.values:
+            crosses, enters = model.var("leaves", run, value.name), model.var("enters", run, value.name)
+            for consumer in value.consumers:
+                model.at_most(add(inside(run, value.producer), inside(run, consumer, -1), {crosses: -1}), 0)
+                model.at_most(add(inside(run, consumer), inside(run, value.producer, -1), {enters: -1}), 0)
+            border = add(border, {crosses: value.nbytes, enters: value.nbytes})
+    for number, worker in enumerate(reversed(workers)):  # the outermost stage first
+        def stage(weights: dict[str, float], number: int = number) -> tuple[dict[int, float], float]:
+            own = add(*(
+                add(inside(number, name, weight) if number else {}, inside(number + 1, name, -weight))
+                for name, weight in weights.items()
+            ))
+            return own, 0.0 if number else sum(weights.values())
+
+        terms, constant = stage(dict.fromkeys(names, -1.0))
+        model.at_most(terms, -1 - constant)  # no stage is empty
+        terms, constant = stage({name: cost / worker.speed for name, cost in zip(names, costs)})
+        if longest is None:
+            model.at_most(add(terms, {objective: -1}), -constant)
+        else:
+            model.at_most(terms, longest - constant)
+        if worker.memory_bytes is not None:
+            terms, constant = stage({layer.name: layer.parameter_bytes for layer in graph.layers})
+            model.at_most(terms, worker.memory_bytes - constant)
+    if longest is not None:
+        model.at_most(add(border, {objective: -1}), 0)
+    return model
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_milp_finds_no_better_rings(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    size, stages = 20 + seed % 3, 3 + seed % 2
+    edges = [(0, tuple(range(2, size, 3)), int(rng.integers(10, 60)))]
+    edges += [(i, (i + 1,), int(rng.integers(1, 30))) for i in range(1, size - 1)]
+    edges += [(i, (size - 1 - i,), int(rng.integers(1, 60))) for i in range(1, size // 2 - 1)]
+    graph = with_parameters(graph_of(size, edges), rng.integers(1, 40, size).tolist())
+    costs = rng.integers(1, 12, size).tolist()
+    total = sum(layer.parameter_bytes for layer in graph.layers)
+    workers = [
+        Worker(speed=float(speed), memory_bytes=None if seed % 2 else int(total * 0.6))
+        for speed in rng.choice([0.5, 1.0, 1.5], stages)
+    ]
+    slack = (0.0, 0.2)[seed // 3]
+    expected = milp_optimum(graph, costs, workers, slack)
+    assert expected is not None
+    slowest, border = judge(graph, costs, workers, rings(graph, costs, stages, workers=workers, slack=slack).stages)
+    assert slowest <= expected[0] * (1 + slack) * TOLERANCE
+    assert border == pytest.approx(expected[1])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data(), graphs(max_layers=6), st.integers(2, 3))
+def test_the_milp_agrees_with_brute_force(data: st.DataObject, graph: LayerGraph, stages: int) -> None:
+    size = len(graph.layers)
+    costs = data.draw(st.lists(st.integers(0, 8), min_size=size, max_size=size))
+    workers = data.draw(st.lists(
+        st.builds(Worker, speed=st.sampled_from([0.5, 1.0, 2.0])), min_size=stages, max_size=stages
+    ))
+    expected = brute_force(graph, costs, workers, 0.3) if stages <= size else None
+    assert milp_optimum(graph, costs, workers, 0.3) == (None if expected is None else pytest.approx(expected))
 
 
 def test_two_rings_are_as_balanced_as_the_nested_split() -> None:
