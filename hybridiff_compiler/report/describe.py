@@ -100,7 +100,7 @@ def _predictions(predictions: Predictions) -> str:
 
 def _peaks(peaks: Sequence[int]) -> str:
     each = ", ".join(f"{peak / 2**30:.3g}" for peak in peaks)
-    return f"at most {each} GiB on the ranks, for the denoiser alone"
+    return f"about {each} GiB on the ranks, for the denoiser alone"
 
 
 def _certificate(proof: Certificate) -> str:
