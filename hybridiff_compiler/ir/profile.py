@@ -152,6 +152,16 @@ class Costs(Data):
     timing: LayerTiming | None = None
     """How `layers` came about; None in profiles from before this was noted."""
 
+    def with_spread(self, least: float) -> Costs:
+        """With relative spreads of layers and stages of at least `least`."""
+        timing = self.timing
+        if timing is not None:
+            timing = timing.model_copy(update={"spread": {
+                batch: tuple(max(spread, least) for spread in row) for batch, row in timing.spread.items()
+            }})
+        stages = tuple(cost.model_copy(update={"spread": max(cost.spread, least)}) for cost in self.stages)
+        return self.model_copy(update={"stages": stages, "timing": timing})
+
     def stage_seconds(self, partition: str, stages: tuple[int, ...], batch: int) -> float | None:
         """Measured time of a segment, or None when it was not measured."""
         for cost in self.stages:

@@ -94,7 +94,7 @@ class GraphBuilder:
         run = partial(runner.run, segment, self._inputs, values)
         if self._device.type != "cuda":
             timer = wall_timer(run)
-            return lambda: (timer(),)
+            return torch.no_grad()(lambda: (timer(),))
         run()  # leaves real values in the recorded buffers
         once = max(runner.seconds(segment, repeats=1), 1e-6)
         repeats = max(1, min(_MOST_REPEATS, round(_SAMPLE_S / once)))

@@ -253,3 +253,17 @@ def test_when_the_time_is_over_a_profile_says_what_it_lacks(tiny):
     assert any(name.startswith("whole") for name in timing.missing)
     assert "INCOMPLETE" in "".join(str(line) for line in describe_timing(profile))
     assert hc.plan(profile, gpus=2, policy="exact").predictions.latency_s > 0
+
+
+def test_samples_are_taken_without_gradients(tiny, runner, monkeypatch):
+    """As pipelines run their denoisers, whatever the parameters say."""
+    bare, leaves = runner
+    seen = []
+    run = SegmentRunner.run
+    monkeypatch.setattr(SegmentRunner, "run", lambda *a, **k: (seen.append(torch.is_grad_enabled()), run(*a, **k))[1])
+    builder = GraphBuilder(tiny.denoiser, bare.signature, {"cond": leaves, "uncond": leaves}, {1: bare.captured(1)})
+    sampler = builder.sampler(Job(kind="segment", backend="eager", patterns=(Pattern.parse("s", "u0@0 c0@1 | cfg"),)))
+    assert torch.is_grad_enabled()
+    sampler()
+    assert seen
+    assert not any(seen)
