@@ -233,9 +233,9 @@ def _profile(
         for source in sources or ["none"]:
             rmse = level * 4 ** (0.5 - step / steps) * (0.3 + 0.7 * age) * np.exp(rng.normal(0, 0.05, (steps, MAX_AGE)))
             rows = tuple(map(tuple, (rmse if source != "none" else rmse[:, :1]).tolist()))
-            if pattern.trend:
-                rows = tuple(row[:LONGEST_TREND] for row in rows)
-            curves += [ErrorCurve(source=source, gap=gap, rmse=rows) for gap in (GAPS if pattern.trend else (None,))]
+            for gap in GAPS if pattern.trend else (None,):
+                oldest = MAX_AGE if gap is None else min(gap, LONGEST_TREND)
+                curves.append(ErrorCurve(source=source, gap=gap, rmse=tuple(row[:oldest] for row in rows)))
         errors.append(PatternErrors(pattern=pattern.name, curves=tuple(curves)))
     model = ModelInfo(
         name="bench", denoiser="none", fingerprint=graph.fingerprint(), parameter_bytes=0, dtype="float16",

@@ -176,12 +176,14 @@ def _trends(
     curves = sorted(curves, key=lambda curve: curve.gap or 0)
     gaps = [curve.gap or 0 for curve in curves]
     steps = np.arange(len(curves[0].rmse))
-    known = np.zeros((len(gaps), len(position), 1 + curves[0].max_age))
-    for row, curve in zip(known, curves):
-        row[:, 1:] = np.stack([np.interp(middle, steps, column) for column in np.asarray(curve.rmse).T], axis=1)
-    largest = max(1, min(_MAX_AGE, int(curves[0].max_age / typical + 1e-9)))
+    known = []
+    for curve in curves:
+        by_age = [np.interp(middle, steps, column) for column in np.asarray(curve.rmse).T]
+        known.append(np.stack([np.zeros(len(position)), *by_age], axis=1))
+    oldest = max(1, min(_MAX_AGE, int(max(curve.max_age for curve in curves) / typical + 1e-9)))
     result = []
     for gap in [gap for gap in gaps if gap * typical <= gaps[-1] + 1e-9] or [1]:
+        largest = min(oldest, max(curve.max_age for curve in curves if (curve.gap or 0) <= gap or curve is curves[0]))
         rmse = np.empty((len(position), largest))
         for step in range(len(position)):
             for age in range(1, largest + 1):

@@ -91,7 +91,7 @@ def _draw(problem: Problem, cheap: list[str], rng: np.random.Generator, mixed: b
         if start <= step < size - 1 and rng.random() < share:
             drawn = tables[str(rng.choice(chosen))]
             activations, memory = model.activation_age(ages, drawn.pattern), model.memory_age(ages, drawn.pattern)
-            known = not drawn.gaps or model.gap(ages, drawn.pattern) <= drawn.gaps[-1]
+            known = drawn.reaches(memory, model.gap(ages, drawn.pattern))
             if known and activations <= (drawn.activation_limit or NEVER) and memory <= (drawn.memory_limit or NEVER):
                 table = drawn
         steps.append(table.pattern.name)

@@ -101,7 +101,7 @@ def state_space(tables: Sequence[StepTable], *, limit: int | None = None, cautio
             gap = state[-1] if table.gaps else 0
             if (
                 activation > (table.activation_limit or activation) or remembered > (table.memory_limit or remembered)
-                or (table.gaps and gap > table.gaps[-1])
+                or not table.reaches(remembered, gap)
             ):
                 row.append((-1, activation, remembered, gap))
                 continue

@@ -29,7 +29,8 @@ class StepTable:
     base: NDArray[np.float64] | None = None
     """`[step]`, or None when the rest has no error."""
     trends: NDArray[np.float64] | None = None
-    """`[step, number of the gap, age - 1]` of a pattern with a trend, `memory` being None; else None."""
+    """`[step, number of the gap, age - 1]` of a pattern with a trend, `memory` being None; else None. Infinite at ages
+    that were not measured at that gap."""
     gaps: tuple[int, ...] = ()
     """The measured gaps of `trends`, rising; between two of them the larger one counts."""
 
@@ -44,6 +45,13 @@ class StepTable:
         if self.trends is not None:
             return self.trends.shape[2]
         return None if self.memory is None else self.memory.shape[1]
+
+    def reaches(self, age: int, gap: int) -> bool:
+        """Whether a trend was measured at this age and gap; true without one."""
+        number = next((k for k, measured in enumerate(self.gaps) if measured >= gap), None)
+        if self.trends is None:
+            return True
+        return number is not None and age <= self.trends.shape[2] and bool(np.isfinite(self.trends[0, number, age - 1]))
 
     def errors(
         self, step: int, activation_age: NDArray[np.integer] | None, memory_age: NDArray[np.integer],
@@ -119,8 +127,11 @@ def _with_trends(table: StepTable, measured: PatternErrors) -> StepTable:
         )
     if not by_gap:
         return table
-    width, gaps = min(rmse.shape[1] for rmse in by_gap.values()), tuple(sorted(by_gap))
-    return replace(table, trends=np.stack([by_gap[gap][:, :width] for gap in gaps], axis=1), gaps=gaps)
+    gaps, width = tuple(sorted(by_gap)), max(rmse.shape[1] for rmse in by_gap.values())
+    trends = np.full((len(by_gap[gaps[0]]), len(gaps), width), np.inf)
+    for number, gap in enumerate(gaps):
+        trends[:, number, : by_gap[gap].shape[1]] = by_gap[gap]
+    return replace(table, trends=trends, gaps=gaps)
 
 
 def schedule_errors(tables: Sequence[StepTable], choices: NDArray[np.int16]) -> NDArray[np.float64]:

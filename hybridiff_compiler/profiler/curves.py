@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from scipy.interpolate import PchipInterpolator
 
 from ..ir import ErrorCurve, PatternErrors
+from .grid import LONGEST_TREND
 from .record import Option
 from .sensitivity import Sketches, image_error
 
@@ -39,7 +40,7 @@ def error_curves(
             }
             if not known:
                 continue  # a generation of so few steps has no such gap
-            oldest = max(option.age for option in members) if gap else 1 if source == "none" else max(ages)
+            oldest = min(gap, LONGEST_TREND) if gap else 1 if source == "none" else max(ages)
             table = fill_table(known, num_steps, oldest)
             rows = tuple(tuple(float(f"{value:.6g}") for value in row) for row in table)
             curves.append(ErrorCurve(source=members[0].source, gap=gap or None, rmse=rows))

@@ -75,9 +75,9 @@ def options_of(patterns: Sequence[Pattern], ages: Sequence[int], gaps: Sequence[
         if pattern.combine in (Combine.DELTA, Combine.LAST):
             sources.append("memory")
         for source in sources:
-            known = [age for age in ages if not pattern.trend or age <= LONGEST_TREND]
             options += [
-                Option(pattern.name, source, age, gap) for gap in (gaps if pattern.trend else (0,)) for age in known
+                Option(pattern.name, source, age, gap) for gap in (gaps if pattern.trend else (0,)) for age in ages
+                if not gap or age <= min(gap, LONGEST_TREND)
             ]
         if not sources:
             options.append(Option(pattern.name, "none", 1))
