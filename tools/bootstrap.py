@@ -38,7 +38,9 @@ def main(arguments: list[str]) -> int:
     if command == "demo":
         return _call([_bin("hybridiff"), "demo", *options])
     codes = []
-    for check in ([_bin("ruff"), "check", "."], [_bin("mypy")], [_bin("python"), "-m", "pytest", *options]):
+    # Two processes at least: most tests use one core. Files stay together, they share what is costly to make.
+    side_by_side = ["-n", str(min(max(os.cpu_count() or 1, 2), 4)), "--dist", "loadfile"]
+    for check in ([_bin("ruff"), "check", "."], [_bin("mypy")], [_bin("python"), "-m", "pytest", *side_by_side, *options]):
         print(f"$ {Path(check[0]).name} {' '.join(check[1:])}", flush=True)
         codes.append(_call(check))
     return next((code for code in codes if code), 0)
