@@ -40,7 +40,8 @@ def main(arguments: list[str]) -> int:
     codes = []
     # Two processes at least: most tests use one core. Files stay together, they share what is costly to make.
     side_by_side = ["-n", str(min(max(os.cpu_count() or 1, 2), 4)), "--dist", "loadfile"]
-    for check in ([_bin("ruff"), "check", "."], [_bin("mypy")], [_bin("python"), "-m", "pytest", *side_by_side, *options]):
+    tests = [_bin("python"), "-m", "pytest", *side_by_side, *options]
+    for check in ([_bin("ruff"), "check", "."], [_bin("mypy")], tests):
         print(f"$ {Path(check[0]).name} {' '.join(check[1:])}", flush=True)
         codes.append(_call(check))
     return next((code for code in codes if code), 0)
