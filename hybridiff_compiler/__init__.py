@@ -19,19 +19,20 @@ from .ir import HybridiffError, InputError, Plan, PlanMismatchError, Profile, Ta
 if TYPE_CHECKING:
     from .api import profile, profile_costs
     from .planner import at_steps, explain, frontier, plan, plan_fleet, switched_plan
+    from .quality.refine import refine_plan
     from .quality.verify import verify
     from .runtime.parallelize import parallelize
 
 __all__ = [
     "HybridiffError", "InputError", "Plan", "PlanMismatchError", "Profile", "TargetError", "UsageError",
     "WorkerError", "at_steps", "explain", "frontier", "parallelize", "plan", "plan_fleet", "profile",
-    "profile_costs", "switched_plan", "verify",
+    "profile_costs", "refine_plan", "switched_plan", "verify",
 ]
 
 _HOMES = {
     "at_steps": "planner", "explain": "planner", "frontier": "planner", "plan_fleet": "planner",
     "switched_plan": "planner", "parallelize": "runtime.parallelize", "plan": "planner", "profile": "api",
-    "profile_costs": "api", "verify": "quality.verify",
+    "profile_costs": "api", "refine_plan": "quality.refine", "verify": "quality.verify",
 }
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import bench, compile, demo, plan, profile, run, show, verify
+from . import bench, compile, demo, plan, profile, refine, run, show, verify
 
 __all__ = ["app"]
 
@@ -33,5 +33,5 @@ def about(
         typer.echo(context.get_help())
 
 
-for module in (demo, profile, plan, compile, run, verify, bench, show):
+for module in (demo, profile, plan, refine, compile, run, verify, bench, show):
     app.command(name=module.__name__.rpartition(".")[2])(module.command)

@@ -42,6 +42,9 @@ def command(
     ] = False,
     gpus: Annotated[int | None, typer.Option(
         min=1, help="Measure links between so many ranks [default: all GPUs; 2 processes on cpu].")] = None,
+    link: Annotated[str | None, typer.Option(
+        metavar="US,GBS", help="Between the GPUs that will run it, e.g. 12,260 (microseconds, GB/s): stages then "
+        "compute cheap values themselves that would take longer to arrive.")] = None,
     backend: Annotated[str | None, typer.Option(
         help="What will run the stages: eager or inductor [default: inductor on cuda].")] = None,
     jobs: Annotated[int | None, typer.Option(
@@ -69,7 +72,7 @@ def command(
     from .files import check_writable
     from .models import load_model
     from .output import opened
-    from .profile_costs import CostOptions, estimate_costs, measure_costs_only, with_measured_links
+    from .profile_costs import CostOptions, estimate_costs, measure_costs_only, parse_link, with_measured_links
     from .prompts import choose_prompts
 
     check_device(device)
@@ -79,10 +82,13 @@ def command(
     if fit is not None and estimate is None:
         raise UsageError("--fit says what an estimate is fitted on; add --estimate KIND, or drop it")
     known = Profile.load(errors_from) if errors_from is not None else None
+    if link is not None and estimate is not None:
+        raise UsageError("an estimate knows its links by the kind of GPU; drop --link")
+    between = parse_link(link)
     options = CostOptions(
         device=device, dtype=dtype, backend=backend, threads=threads if device == "cpu" else None, gpus=gpus,
         steps=steps, guidance_scale=guidance_scale[0] if guidance_scale else None, seed=seed, quick=quick,
-        random_weights=random_weights, jobs=jobs, max_seconds=max_seconds or math.inf,
+        random_weights=random_weights, jobs=jobs, max_seconds=max_seconds or math.inf, link=between,
     )
     partial = output.with_name(f"{output.name}.partial")
     if restart:
@@ -111,7 +117,7 @@ def command(
                 guidance_scale=guidance_scale or loaded.guidance_scale,
                 seed=seed, threads=threads if device == "cpu" else None, quick=quick, full=full, errors_from=known,
                 cuts_from=None if cuts_from is None else Profile.load(cuts_from),
-                backend=backend, partial=partial, on_progress=on_progress,
+                backend=backend, partial=partial, link=between, on_progress=on_progress,
                 **call_options(loaded, height, width),
             )
             measured = with_measured_links(measured, options, on_progress)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from ..ir import UsageError
 
 if TYPE_CHECKING:
-    from ..ir import LayerGraph, ModelInfo, Profile
+    from ..ir import LayerGraph, Link, ModelInfo, Profile
 
-__all__ = ["CostOptions", "estimate_costs", "link_devices", "measure_costs_only", "with_measured_links"]
+__all__ = ["CostOptions", "estimate_costs", "link_devices", "measure_costs_only", "parse_link", "with_measured_links"]
 
 
 _MOST_JOBS = 8
@@ -36,6 +36,8 @@ class CostOptions:
     random_weights: bool
     jobs: int | None
     max_seconds: float = math.inf
+    link: Link | None = None
+    """Between the GPUs that will run it, where stages shall recompute cheap values."""
 
 
 def measure_costs_only(model: str, options: CostOptions, call_options: Any, on_progress: Any) -> Profile:
@@ -52,6 +54,7 @@ def measure_costs_only(model: str, options: CostOptions, call_options: Any, on_p
     common: dict[str, Any] = {
         "backend": options.backend, "threads": options.threads, "seed": options.seed, "quick": options.quick,
         "gpus": _worlds(options.gpus), "links": link_devices(options.device, options.gpus, options.quick),
+        "link": options.link,
         "on_progress": on_progress, "jobs": _jobs(options), "max_seconds": options.max_seconds,
     }
     if options.random_weights:
@@ -148,6 +151,25 @@ def with_measured_links(profile: Profile, options: CostOptions, on_progress: Any
         on_progress=lambda done, total: on_progress("links", done, total),
     )
     return profile.model_copy(update={"costs": costs})
+
+
+def parse_link(text: str | None) -> Link | None:
+    """`latency in microseconds,bandwidth in GB/s`, e.g. `12,260`.
+
+    Raises:
+        UsageError: the text is no such pair.
+    """
+    from ..ir import Link
+
+    if text is None:
+        return None
+    try:
+        microseconds, rate = (float(word) for word in text.split(","))
+        return Link(source=0, target=1, latency_s=microseconds * 1e-6, bytes_per_s=rate * 1e9)
+    except ValueError:
+        raise UsageError(
+            f"got --link {text!r}; give the latency in microseconds and the bandwidth in GB/s, e.g. 12,260"
+        ) from None
 
 
 def link_devices(device: str, gpus: int | None, quick: bool) -> Sequence[str]:

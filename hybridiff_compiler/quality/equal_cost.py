@@ -92,7 +92,7 @@ class Judge:
         measured = at_steps(profile, num_steps, noise_levels=noise_levels)
         self.profile, self.gpus, self._without = in_work_units(measured), gpus, tuple(without)
         self._problem = Problem(self.profile, gpus, self._without, extra=_pipes(profile, gpus))
-        self._everything = Problem(self.profile, gpus, extra=_pipes(profile, gpus))
+        self._everything = Problem(self.profile, gpus, extra=(*_pipes(profile, gpus), *unmeasured_free(profile)))
         self._solved = solve_problem(Problem(self.profile, gpus, self._without))
         self.prompts, self.batch = list(prompts), batch
         self.generation = Generation(
@@ -307,6 +307,13 @@ def _pipes(profile: Profile, gpus: int) -> tuple[Pattern, ...]:
     made = [p for p in generate_patterns(profile.partitions, gpus) if family_of(p.name) in PIPES]
     made = made or [_pipe(partition) for partition in profile.partitions if len(partition.stages) == gpus > 1]
     return tuple(pattern for pattern in made if pattern.name not in known and pattern.world_size <= gpus)
+
+
+def unmeasured_free(profile: Profile) -> tuple[Pattern, ...]:
+    """The tables without units that the profile has no errors of: they cost nothing, so they can be tried."""
+    known = {pattern.name for pattern in profile.patterns}
+    made = generate_patterns((), 1)
+    return tuple(pattern for pattern in made if not pattern.units and pattern.name not in known)
 
 
 def _pipe(partition: Partition) -> Pattern:

@@ -115,7 +115,7 @@ def test_two_profiles_are_compared(hybridiff, files):
 def test_costs_of_an_architecture_and_its_estimate(hybridiff, tmp_path):
     measured, estimate = tmp_path / "costs.json", tmp_path / "estimate.json"
     common = ["--random-weights", "--quick"]
-    ran = hybridiff("profile", "pixart-tiny", *common, "--costs-only", "--json", "-o", measured)
+    ran = hybridiff("profile", "pixart-tiny", *common, "--costs-only", "--link", "12,260", "--json", "-o", measured)
     assert ran.code == 0, ran.err
     assert json.loads(ran.out)["prompts"] == 0
     ran = hybridiff("profile", "pixart-tiny", *common, "--estimate", "rtx3090", "-o", estimate)

@@ -12,13 +12,18 @@ SURFACE = {
     "profile": [
         "MODEL", "--output/-o", "--prompt", "--prompts", "--limit", "--steps", "--guidance-scale", "--height",
         "--width", "--seed", "--threads", "--device", "--dtype", "--errors-from", "--cuts-from",
-        "--costs-only", "--random-weights", "--gpus", "--backend", "--jobs", "--max-seconds", "--estimate", "--fit",
-        "--quick", "--full", "--restart", "--json",
+        "--costs-only", "--random-weights", "--gpus", "--link", "--backend", "--jobs", "--max-seconds",
+        "--estimate", "--fit", "--quick", "--full", "--restart", "--json",
     ],
     "plan": [
         "PROFILE", "--gpus", "--min-psnr", "--speedup", "--max-latency-ms", "--policy", "--quantile", "--adaptive",
-        "--steps", "--strength", "--costs", "--without", "--weights", "--pareto", "--png", "--html", "--objective",
+        "--steps", "--strength", "--costs", "--without", "--rank-speeds", "--rank-memory", "--weights",
+        "--pareto", "--png", "--html", "--objective",
         "--arrival-rate", "--percentile", "--output/-o", "--json",
+    ],
+    "refine": [
+        "PLAN", "PROFILE", "MODEL", "--output/-o", "--tries", "--seconds", "--prompt", "--prompts", "--limit",
+        "--guidance-scale", "--height", "--width", "--seed", "--threads", "--json",
     ],
     "compile": ["PLAN", "MODEL", "--output/-o", "--backend", "--target", "--jobs/-j", "--json"],
     "run": [

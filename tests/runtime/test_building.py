@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
-import torch
 from torch._dynamo.utils import counters
 
 from hybridiff_compiler.ir import InputError
@@ -17,17 +17,6 @@ from hybridiff_compiler.runtime.executor import RankExecutors, capture_for
 from .tiny import ONE_RANK, TinyPipeline, tiny_plan
 
 
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache of the compiler."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
-    torch._dynamo.reset()
-    torch.set_num_threads(1)
-    yield tmp_path
-    torch._dynamo.reset()
-
-
 def executors(backend: str = "inductor"):  # type: ignore[no-untyped-def]
     pipe = TinyPipeline()
     plan = tiny_plan(pipe, "single", ranks=1, tables=ONE_RANK, exact="single")
@@ -36,7 +25,18 @@ def executors(backend: str = "inductor"):  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.slow
-def test_other_processes_fill_the_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_processes_fill_the_cache(tmp_path: Path) -> None:
+    """In a process of its own: settings that earlier tests have touched would be part of the cache's keys here."""
+    process = multiprocessing.get_context("spawn").Process(target=fill_and_find, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def fill_and_find(folder: Path) -> None:
+    """Others build all graphs; this process finds them in an empty cache that they have filled."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    os.environ.pop("TRITON_CACHE_DIR", None)
     plan, denoiser, made = executors()
 
     def build() -> RankBuild:
@@ -44,7 +44,7 @@ def test_other_processes_fill_the_cache(cache: Path, monkeypatch: pytest.MonkeyP
 
     first, told = build(), []
     assert (first.missing, first.helpers) == (2, 1)
-    monkeypatch.setattr(Builders, "claim", lambda self, number: self.settle())  # leave everything to the others
+    Builders.claim = lambda self, number: self.settle()  # leave everything to the others
     counters.clear()
     first.run(lambda done, total: told.append((done, total)))
     assert told == [(0, 2), (1, 2), (2, 2)]
