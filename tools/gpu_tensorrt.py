@@ -77,32 +77,29 @@ def _prepare(arguments: argparse.Namespace) -> None:
     }))
 
 
-def _stage(model: str, dtype: str) -> Any:
-    """The inner stage of the nested split."""
+def captured_stages(model: str, dtype: str) -> tuple[Any, tuple[Any, ...]]:
+    """The captured denoiser of `model`, and the layers of the inner and the outer stage of the nested split."""
+    from hybridiff_compiler.capture import capture
     from hybridiff_compiler.cli.models import load_model
     from hybridiff_compiler.planner import candidate_partitions
-    from hybridiff_compiler.runtime.intercept import find_denoiser, intercept
-    from hybridiff_compiler.runtime.segments import capture_branch
+    from hybridiff_compiler.profiler import Generation
+    from hybridiff_compiler.profiler.costs_only import call_of_pipeline
 
     loaded = load_model(model, device="cpu", dtype=dtype)
-    signature: Any = None
-
-    class Recorder:
-        def start(self, num_steps: int, call: Any) -> bool:
-            nonlocal signature
-            signature = call
-            return False
-
-        def step(self, call: Any) -> Any:
-            raise AssertionError(call)
-
-    with intercept(loaded.pipe, Recorder()):
-        loaded.pipe("a cat", num_inference_steps=1, output_type="latent", guidance_scale=5.0, **loaded.options)
-    captured = capture_branch(find_denoiser(loaded.pipe)[1], signature)
+    generation = Generation(
+        pipe=loaded.pipe, num_inference_steps=1, guidance_scale=loaded.guidance_scale, options=loaded.options
+    )
+    denoiser, call, _ = call_of_pipeline(generation, "a cat")
+    captured = capture(denoiser, (), call)
     layers = captured.layers
     partitions = candidate_partitions(layers, [layer.flops + 1.0 for layer in layers.layers])
-    inner, outer = next(partition for partition in partitions if partition.name == "nested").stages
-    return captured.extract(inner, [value.name for value in layers.crossing(inner, outer)])
+    return captured, next(partition for partition in partitions if partition.name == "nested").stages
+
+
+def _stage(model: str, dtype: str) -> Any:
+    """The inner stage of the nested split."""
+    captured, (inner, outer) = captured_stages(model, dtype)
+    return captured.extract(inner, [value.name for value in captured.layers.crossing(inner, outer)])
 
 
 def _run(folder: Path, target: str) -> dict[str, Any]:

@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gpu_tensorrt import captured_stages  # beside this file
+
 TARGETS = ("sm_86", "sm_89", "sm_120")
 STAGES = ("inner", "outer")
 
@@ -51,34 +53,12 @@ def main() -> None:
 
 def _export(model: str, dtype: str, folder: Path) -> list[str]:
     """Write the stages of the nested split of `model` to the folder; returns their names."""
-    import torch
-
     from hybridiff_compiler.backends.onnx_file import export_onnx
     from hybridiff_compiler.backends.onnx_weights import OnnxWeights
     from hybridiff_compiler.backends.stage_io import stage_inputs, stage_outputs
-    from hybridiff_compiler.cli.models import load_model
-    from hybridiff_compiler.planner import candidate_partitions
-    from hybridiff_compiler.runtime.intercept import find_denoiser, intercept
-    from hybridiff_compiler.runtime.segments import capture_branch
 
-    loaded = load_model(model, device="cpu", dtype=dtype)
-    signature: Any = None
-
-    class Recorder:
-        def start(self, num_steps: int, call: Any) -> bool:
-            nonlocal signature
-            signature = call
-            return False
-
-        def step(self, call: Any) -> Any:
-            raise AssertionError(call)
-
-    with torch.no_grad(), intercept(loaded.pipe, Recorder()):
-        loaded.pipe("a cat", num_inference_steps=1, output_type="latent", guidance_scale=5.0, **loaded.options)
-    captured = capture_branch(find_denoiser(loaded.pipe)[1], signature)
+    captured, stages = captured_stages(model, dtype)
     layers = captured.layers
-    partitions = candidate_partitions(layers, [layer.flops + 1.0 for layer in layers.layers])
-    stages = next(partition for partition in partitions if partition.name == "nested").stages
     weights = OnnxWeights(folder)
     for name, mine, others in zip(STAGES, stages, stages[::-1], strict=True):
         stage = captured.extract(mine, [value.name for value in layers.crossing(mine, others)])

@@ -8,15 +8,8 @@ chain by the time that it starts, as they have while a denoiser computes.
 
 from __future__ import annotations
 
-import argparse
-import faulthandler
 import json
-import os
-import signal
-import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -27,14 +20,12 @@ import torch
 import torch.distributed as dist
 
 from ..runtime.connect import connect
-from ..runtime.processes import FAILED, die_with, read_frame
 from ..runtime.transport import Channel, Layout, PeerError, Transport
-from ..runtime.worker import exit_at_end_of_input
+from ..runtime.worker_process import run_worker
 from .links import DONE, TOKEN_BYTES
 
 __all__ = ["main"]
 
-_STDIN = 0
 _WARM_UPS = 2
 _CHAIN_BYTES = 32 << 20
 _LONGEST_CHAIN = 16
@@ -162,40 +153,15 @@ _LAYOUTS: dict[int, Layout] = {}
 """One per size: the transport keeps its buffers by layout."""
 
 
+def _serve(rank: int, start: dict[str, Any], _frames: Sequence[bytes], store: dist.Store) -> None:
+    torch.set_num_threads(start["threads"])
+    found = _Rank(rank - 1, start, store).run()
+    store.set(f"{DONE}/{rank}", json.dumps(found))
+
+
 def main() -> None:
     """Entry point of the process."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rank", type=int, required=True)
-    parser.add_argument("--parent", type=int)
-    arguments = parser.parse_args()
-    if arguments.parent is not None:
-        die_with(arguments.parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    faulthandler.enable()
-    if hasattr(signal, "SIGUSR1"):
-        faulthandler.register(signal.SIGUSR1, all_threads=True)
-    try:
-        start = json.loads(read_frame(_STDIN))
-    except EOFError:
-        return
-    end_of_input = threading.Thread(target=exit_at_end_of_input, daemon=True)
-    end_of_input.start()
-    torch.set_num_threads(start["threads"])
-    store = dist.TCPStore(
-        start["host"], start["port"], is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30)
-    )
-    try:
-        found = _Rank(arguments.rank - 1, start, store).run()
-        store.set(f"{DONE}/{arguments.rank}", json.dumps(found))
-        end_of_input.join()
-    except BaseException as error:
-        report = {
-            "step": None, "peer": isinstance(error, PeerError),
-            "error": f"{type(error).__name__}: {error}".splitlines()[0], "traceback": traceback.format_exc(),
-        }
-        store.set(f"{FAILED}/{arguments.rank}", json.dumps(report))
-        sys.stderr.flush()
-        os._exit(1)
+    run_worker(_serve)
 
 
 if __name__ == "__main__":

@@ -5,16 +5,8 @@ For decoding without a plan (benchmarks); under `parallelize` the ranks of the p
 
 from __future__ import annotations
 
-import argparse
-import faulthandler
 import json
-import os
-import signal
-import sys
-import threading
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -25,14 +17,13 @@ from .connect import connect
 from .decode_ranks import DecodeCall, DecodeRank, decoder_to_share
 from .handover import pack_skeleton, raw_bytes, unpack_skeleton
 from .nccl import ENVIRONMENT
-from .processes import FAILED, JOINED, READY, WorkerPool, die_with, open_store, read_frame
+from .processes import JOINED, READY, WorkerPool, open_store
 from .settings import NumericSettings
 from .transport import Channel, PeerError, Transport, allocate
-from .worker import exit_at_end_of_input
+from .worker_process import run_worker
 
 __all__ = ["DecodeRanks", "main"]
 
-_STDIN = 0
 _MODULE = "hybridiff_compiler.runtime.decode_worker"
 _START_TIMEOUT_S = 600.0
 _ORDER_BYTES = 64
@@ -133,6 +124,7 @@ class DecodeRanks:
 
 @torch.no_grad()
 def _serve(rank: int, start: dict[str, Any], skeleton: bytes, store: dist.Store) -> None:
+    NumericSettings(**start["settings"]).apply()
     device = torch.device(start["devices"][rank])
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -154,35 +146,7 @@ def _serve(rank: int, start: dict[str, Any], skeleton: bytes, store: dist.Store)
 
 def main() -> None:
     """Entry point of the process."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rank", type=int, required=True)
-    parser.add_argument("--parent", type=int)
-    arguments = parser.parse_args()
-    if arguments.parent is not None:
-        die_with(arguments.parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    faulthandler.enable()
-    if hasattr(signal, "SIGUSR1"):
-        faulthandler.register(signal.SIGUSR1, all_threads=True)
-    try:
-        start, skeleton = json.loads(read_frame(_STDIN)), read_frame(_STDIN)
-    except EOFError:
-        return
-    threading.Thread(target=exit_at_end_of_input, daemon=True).start()
-    NumericSettings(**start["settings"]).apply()
-    store = dist.TCPStore(
-        start["host"], start["port"], is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30)
-    )
-    try:
-        _serve(arguments.rank, start, skeleton, store)
-    except BaseException as error:
-        report = {
-            "step": None, "peer": isinstance(error, PeerError),
-            "error": f"{type(error).__name__}: {error}".splitlines()[0], "traceback": traceback.format_exc(),
-        }
-        store.set(f"{FAILED}/{arguments.rank}", json.dumps(report))
-        sys.stderr.flush()
-        os._exit(1)
+    run_worker(lambda rank, start, frames, store: _serve(rank, start, frames[0], store), frames=1)
 
 
 if __name__ == "__main__":
