@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .hoisting import Hoisted
+
 __all__ = ["CudaRecorder", "Recorder", "Replay", "memory_key", "record_plainly", "recorder_for", "seconds_per_call"]
 
 _WARM_UP_CALLS = 3
@@ -118,14 +120,21 @@ class Replay:
             self._inputs = [torch.ones(tuple(shape), dtype=dtype, device=device) for shape, dtype in specs]
         self._seen: dict[int, tuple[object, Tensor]] = {}
         self._call = call  # a graph's kernels read weights that nobody else may be holding on to
-        self.replay, self._outputs = recorder(call, self._inputs)
+        self._once: _Once | None = None
+        inputs: Sequence[Tensor] = self._inputs
+        if isinstance(call, Hoisted):
+            self._once = _Once(call, self._inputs, recorder)
+            inputs, call = (*self._inputs, *self._once.results), call.each
+        self.replay, self._outputs = recorder(call, inputs)
 
     def __call__(self, *arguments: Tensor, leaves: int = 0) -> Sequence[Tensor]:
         """Evaluate on `arguments`, which may live anywhere; the results are valid until the next call.
 
         The first `leaves` arguments are copied only when they are not the memory that was copied last, unchanged since.
-        (Of the others that cannot be told: a transfer writes to a buffer without torch's knowledge.)
+        (Of the others that cannot be told: a transfer writes to a buffer without torch's knowledge.) What was hoisted
+        is computed anew when an argument that it depends on is copied.
         """
+        renew = False
         for index, (buffer, argument) in enumerate(zip(self._inputs, arguments, strict=True)):
             if index < leaves:
                 key = memory_key(argument)
@@ -133,8 +142,30 @@ class Replay:
                     continue
                 self._seen[index] = key, argument  # held on to, so that its memory is not handed out again
             buffer.copy_(argument, non_blocking=True)
+            renew = renew or (self._once is not None and index in self._once.positions)
+        if renew and self._once is not None:
+            self._once()
         self.replay()
         return self._outputs
+
+    def forget(self) -> None:
+        """Take nothing for unchanged at the next call: weights may have been written to."""
+        self._seen.clear()
+
+
+class _Once:
+    """The hoisted part of a graph, recorded apart; its results stay in memory of their own."""
+
+    def __init__(self, call: Hoisted, inputs: Sequence[Tensor], recorder: Recorder) -> None:
+        self.positions = frozenset(call.positions)
+        self._replay, self._outputs = recorder(call.once, [inputs[index] for index in call.positions])
+        with torch.inference_mode(False), torch.no_grad():
+            self.results = [output.clone() for output in self._outputs]
+
+    def __call__(self) -> None:
+        self._replay()
+        for result, output in zip(self.results, self._outputs):
+            result.copy_(output)
 
 
 def memory_key(tensor: Tensor) -> Sequence[object] | None:

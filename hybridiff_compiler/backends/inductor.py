@@ -1,4 +1,8 @@
-"""torch.compile with static shapes: fused kernels, compiled at the first call."""
+"""torch.compile with static shapes: fused kernels, compiled at the first call.
+
+Before that, what compilers do not do by themselves: linear layers are merged, and what does not change from step to
+step is taken out.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,24 @@ import torch
 from torch import Tensor
 
 from ..capture import StageGraph
+from .hoisting import Hoisted, hoist
+from .merging import merge_linears
 
 __all__ = ["compile_stage"]
 
 
 def compile_stage(stage: StageGraph) -> Callable[..., Sequence[Tensor]]:
-    """A compiled version of the graph; the first call compiles it."""
+    """A compiled version of the graph; the first call compiles it.
+
+    Parameters of the denoiser may move in memory (see `merging`), with the same values.
+    """
+    merged = merge_linears(stage).stage
+    parts = hoist(merged)
+    if parts is None:
+        return _compiled(merged)
+    return Hoisted(_compiled(parts.once), _compiled(parts.each), parts.positions)
+
+
+def _compiled(stage: StageGraph) -> Callable[..., Sequence[Tensor]]:
     call: Callable[..., Sequence[Tensor]] = torch.compile(stage.module, fullgraph=True, dynamic=False)
     return call

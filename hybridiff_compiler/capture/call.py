@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from ..ir.errors import InputError, UsageError
 from ..ir.signature import CallSignature, LeafSpec
 
-__all__ = ["CallSignature", "LeafSpec", "bind_call", "flatten_call", "iter_leaves", "unflatten_call"]
+__all__ = ["CallSignature", "LeafSpec", "bind_call", "flatten_call", "iter_leaves", "steady_leaves", "unflatten_call"]
 
 _SCALARS = (bool, int, float, complex, str, bytes, type(None))
 
@@ -83,6 +83,13 @@ def forward_signature(denoiser: nn.Module) -> inspect.Signature:
 def _signature(forward: Callable[..., Any]) -> inspect.Signature:
     signature = inspect.signature(forward)
     return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def steady_leaves(denoiser: nn.Module, paths: Iterable[str]) -> tuple[str, ...]:
+    """Those of these leaf paths that as a rule stay the same from step to step: all but the latents (the first
+    parameter of the forward) and the timestep."""
+    changing = {next(iter(forward_signature(denoiser).parameters)), "timestep"}
+    return tuple(path for path in paths if path.partition(".")[0] not in changing)
 
 
 def iter_leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

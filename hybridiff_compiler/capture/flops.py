@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -13,15 +14,19 @@ from torch.utils.flop_counter import FlopCounterMode
 __all__ = ["count_flops"]
 
 
-def count_flops(graph: fx.Graph) -> dict[str, float]:
+def count_flops(graph: fx.Graph, among: Container[fx.Node] | None = None) -> dict[str, float]:
     """FLOPs (a multiply-add counts as two) by node name, for the nodes that have any.
 
     Composite operations such as linear or attention are counted by what they decompose into.
+
+    Args:
+        graph: with values as each node's `meta["val"]`.
+        among: count only these nodes.
     """
     known: dict[str, float] = {}
     result: dict[str, float] = {}
     for node in graph.nodes:
-        if node.op != "call_function" or node.target is operator.getitem:
+        if node.op != "call_function" or node.target is operator.getitem or (among is not None and node not in among):
             continue
         args, kwargs = fx.map_arg((node.args, node.kwargs), _to_meta)
         args, kwargs = pytree.tree_map_only(torch.device, lambda _: torch.device("meta"), (args, kwargs))

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..ir.errors import InputError
 from ..ir.layers import Layer, LayerGraph, Value
-from .call import CallSignature, dtype_name, flatten_call
+from .call import CallSignature, dtype_name, flatten_call, steady_leaves
 from .export import export_call
 from .flops import count_flops
 from .grouping import Group, group_nodes, node_bytes
@@ -38,6 +38,8 @@ class CapturedDenoiser:
     """Layer name of every `call_function` node, by node name."""
     input_names: tuple[str, ...]
     """Tensor leaf paths in placeholder order."""
+    steady: tuple[str, ...]
+    """Those that as a rule stay the same from step to step: all but the latents and the timestep."""
     constants: frozenset[str]
     """Qualified names of the tensors that the forward makes from Python values; they are not the denoiser's own."""
     output_spec: pytree.TreeSpec
@@ -51,7 +53,9 @@ class CapturedDenoiser:
         Raises:
             UsageError: an unknown layer, a tap that the stage does not compute, or nothing to return.
         """
-        return extract_stage(self.graph_module, self.input_names, self.layer_of, layer_names, taps)
+        return extract_stage(
+            self.graph_module, self.input_names, self.layer_of, layer_names, taps, steady=self.steady
+        )
 
     def shares(self, layer_names: Iterable[str], taps: Iterable[str] = ()) -> dict[str, float]:
         """Which part of each layer the graph of `extract` evaluates, 0 to 1: what neither the estimate nor a tap needs
@@ -103,6 +107,7 @@ def capture(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
         layers=_layer_graph(exported.module, groups, layer_of, flops),
         layer_of=layer_of,
         input_names=exported.input_names,
+        steady=steady_leaves(denoiser, exported.input_names),
         constants=exported.constants,
         output_spec=exported.output_spec,
         output_leaves=exported.output_leaves,

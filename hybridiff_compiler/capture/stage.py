@@ -34,6 +34,8 @@ class StageGraph:
     """Names of the values that it returns, in the order requested, after the estimate."""
     has_estimate: bool
     """Whether the first output is the denoiser's estimate."""
+    steady: tuple[str, ...] = ()
+    """Those of `inputs` that as a rule stay the same from step to step (prompt embeddings, sizes)."""
 
 
 def extract_stage(
@@ -42,6 +44,8 @@ def extract_stage(
     layer_of: Mapping[str, str],
     layer_names: Iterable[str],
     taps: Iterable[str] = (),
+    *,
+    steady: Iterable[str] = (),
 ) -> StageGraph:
     """Build the graph of any set of layers; they need not be contiguous.
 
@@ -54,6 +58,7 @@ def extract_stage(
         layer_of: layer name of every `call_function` node, by node name.
         layer_names: the layers of the stage, in any order.
         taps: values (node names) produced inside the stage that it must return; repeated names count once.
+        steady: inputs that as a rule stay the same from step to step.
 
     Raises:
         UsageError: an unknown layer, a tap that the stage does not compute, or nothing to return.
@@ -87,8 +92,10 @@ def extract_stage(
     outputs += [_contiguous(graph, nodes[name], copied[nodes[name]]) for name in wanted]
     graph.output(tuple(outputs))
     module = fx.GraphModule(graph_module, graph, class_name="Stage").eval()
+    paths, same = tuple(path for path, _ in inputs), frozenset(steady)
     return StageGraph(
-        module, tuple(path for path, _ in inputs), tuple(node.name for node in values), wanted, has_estimate
+        module, paths, tuple(node.name for node in values), wanted, has_estimate,
+        tuple(path for path in paths if path in same),
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from ..backends import compile_stage
 from ..backends.cuda_graph import CudaRecorder
+from ..backends.hoisting import Hoisted
 from ..capture import CapturedDenoiser, StageGraph
 from .timing import FEWEST, Timing, host_clock, summary
 
@@ -103,6 +104,10 @@ class MarkedWhole:
         if backend != "eager":
             arguments.append(torch.zeros(1, device=device))
         call = compile_stage(stage, backend)
+        if isinstance(call, Hoisted):  # computed once per generation: no layer's time
+            with torch.no_grad():
+                arguments += [t.clone() for t in call.once(*(arguments[index] for index in call.positions))]
+            call = call.each
         count = len(captured.layers.names) + 1
         clock: _Clock = _DeviceClock(count) if device.type == "cuda" else _WallClock(count)
 

@@ -118,6 +118,7 @@ class RankExecutor:
     def reset(self) -> None:
         """A generation begins: let transfers under way finish, then forget all values."""
         self._arrive()
+        self.runner.forget()
         self._values.clear()
         self._placement = self._exchange.start
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import LAZY, compile_stage
-from ..backends.cuda_graph import Recorder, Replay, seconds_per_call
+from ..backends.cuda_graph import Recorder, Replay, memory_key, seconds_per_call
 from ..capture import CapturedDenoiser, StageGraph, capture, unflatten_call
 from ..ir import WHOLE, Branch, CallSignature, Partition, Pattern, PlanMismatchError, Read, Segment, lower
 
@@ -138,6 +138,7 @@ class SegmentRunner:
         self._device = next(denoiser.parameters()).device
         self._recorder = recorder
         self._kept: dict[Slot, list[Tensor]] = {}
+        self._joined: dict[tuple[str, tuple[Branch, ...]], tuple[object, list[Tensor], Tensor]] = {}
         self._stored: StoredGraphs | None = None
         self._captures: dict[int, CapturedDenoiser] = {}
         if is_bundle(backend):
@@ -260,6 +261,13 @@ class SegmentRunner:
             written = {slot: self._keep(slot, value) for slot, value in written.items()}
         return estimates, written
 
+    def forget(self) -> None:
+        """A generation begins: nothing that was derived from inputs or weights is taken for unchanged."""
+        self._joined.clear()
+        for graph in self._graphs.values():
+            if isinstance(graph.call, Replay):
+                graph.call.forget()
+
     @torch.no_grad()
     def seconds(self, segment: Segment, repeats: int = 20, warm_up: int = 1) -> float:
         """Time of one evaluation of a segment's bare graph, as it runs here: device time on CUDA, else wall time."""
@@ -293,7 +301,17 @@ class SegmentRunner:
         joined = dict(inputs[branches[0]])
         for path, leaf in joined.items():
             if leaf.dim() and leaf.shape[0] == self._batch:
-                joined[path] = torch.cat([inputs[branch][path] for branch in branches])
+                joined[path] = self._join(path, tuple(branches), [inputs[branch][path] for branch in branches])
+        return joined
+
+    def _join(self, path: str, branches: tuple[Branch, ...], leaves: list[Tensor]) -> Tensor:
+        """The branches' values of one leaf as a batch; the same tensor as long as they do not change."""
+        keys = [memory_key(leaf) for leaf in leaves]
+        known = self._joined.get((path, branches))
+        if known is not None and None not in keys and known[0] == keys:
+            return known[2]
+        joined = torch.cat(leaves)
+        self._joined[path, branches] = keys, leaves, joined  # held on to, so that their memory is not handed out again
         return joined
 
     def _graph(self, segment: Segment) -> _Graph:

@@ -48,7 +48,8 @@ def fill_and_find(folder: Path) -> None:
     counters.clear()
     first.run(lambda done, total: told.append((done, total)))
     assert told == [(0, 2), (1, 2), (2, 2)]
-    assert counters["inductor"]["fxgraph_cache_hit"] == 2, dict(counters["inductor"])
+    found = counters["inductor"]
+    assert found["fxgraph_cache_hit"] >= 2 and not found["fxgraph_cache_miss"], dict(found)
     again = build()
     assert (again.missing, again.helpers) == (0, 0)
 
