@@ -4,6 +4,9 @@ Knows nothing of the rest of the package and imports neither torch nor diffusers
 """
 
 from .ages import NEVER, AgeModel, Ages, check_reads
+from .compounding import Compounding, ScheduleCheck
+from .costs import Broadcast, Costs, LayerTiming, Link, StageCost
+from .curves import Guidance, Redundancy
 from .data import Data, Document, write_text_atomically
 from .dryrun import dry_run
 from .errors import HybridiffError, InputError, PlanMismatchError, TargetError, UsageError, WorkerError
@@ -11,24 +14,8 @@ from .layers import Layer, LayerGraph, Value
 from .partition import WHOLE, Partition
 from .pattern import BRANCHES, Branch, Combine, Pattern, Read, Unit
 from .plan import Certificate, Plan, PlanProvenance, Predictions, RankSpec
-from .profile import (
-    Broadcast,
-    Compounding,
-    Costs,
-    ErrorCurve,
-    ErrorSampling,
-    Guidance,
-    LayerTiming,
-    Link,
-    ModelInfo,
-    PatternErrors,
-    Profile,
-    Provenance,
-    Redundancy,
-    ScheduleCheck,
-    StageCost,
-    at_gap,
-)
+from .profile import Profile
+from .provenance import ModelInfo, Provenance
 from .schedule import (
     AdaptiveSchedule,
     FixedSchedule,
@@ -40,6 +27,7 @@ from .schedule import (
 )
 from .segment import Segment, lower
 from .signature import CallSignature, LeafSpec
+from .step_errors import ErrorCurve, ErrorSampling, PatternErrors, at_gap
 
 __all__ = [
     "BRANCHES", "NEVER", "WHOLE", "AdaptiveSchedule", "AgeModel", "Ages", "Branch", "Broadcast", "CallSignature",

@@ -12,7 +12,7 @@ from .data import Data, Document
 from .errors import InputError
 from .partition import WHOLE, Partition
 from .pattern import Pattern
-from .profile import ModelInfo
+from .provenance import ModelInfo
 from .schedule import FixedSchedule, Schedule, SwitchedSchedule
 from .segment import lower
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..ir import BRANCHES, WHOLE, Branch, CallSignature, Combine, Pattern, Segment, UsageError, lower
-from ..ir.profile import Source
+from ..ir.step_errors import Source
 from ..runtime.estimates import EstimateMemory
 from ..runtime.intercept import GuidedCall
 from ..runtime.schedule_state import discrepancy

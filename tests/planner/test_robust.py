@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridiff_compiler.ir import Compounding, InputError, UsageError
-from hybridiff_compiler.ir.profile import ScheduleCheck
+from hybridiff_compiler.ir import Compounding, InputError, ScheduleCheck, UsageError
 from hybridiff_compiler.planner.robust import check_quantile, prompt_std_db, quantile_offset_db, quantile_reserve_db
 
 
