@@ -6,10 +6,15 @@ are bound crashes the process, so nothing but `AotStage` ever holds one.
 
 The compiler writes the values of very small constants into the code. A weight that small (the bias of an output
 convolution has four elements) is made an argument instead, so that it stays live like the others.
+
+What is done to a stage before it is compiled (see `merging` and `hoisting`) is the same as for `inductor`. A stage of
+which a part was hoisted is a package of two models; the package's metadata says which weights were merged and which
+arguments the hoisted part takes.
 """
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +27,9 @@ from ..capture import StageGraph
 from ..ir import InputError, PlanMismatchError, UsageError
 from .artifact import Executable, Job
 from .cpp_compiler import NO_COMPILER, sharing_compiler
-from .stage_io import StageInterface, TensorSpec, example_arguments, fit_arguments, stage_weights
+from .hoisting import Hoisted, hoist
+from .merging import join_parameters, merge_linears
+from .stage_io import StageInterface, TensorSpec, example_arguments, fit_arguments, stage_inputs, stage_weights
 from .target import Target, cpu_arch, cuda_arch
 
 __all__ = ["AotInductor", "AotStage"]
@@ -38,20 +45,28 @@ _ON_GPUS: dict[str, Any] = {
 }
 _INLINED_ELEMENTS = 8
 """Vectors and scalars of up to so many elements are written into the code by inductor."""
+_EACH, _ONCE = "model", "once"
+"""Names of the models in a package: the stage, or what remained of it, and what was hoisted."""
+_METADATA = "hybridiff"
 
 
 class AotStage:
     """A loaded package; it can be called once `bind` has given it its weights."""
 
-    def __init__(self, package: Any, inputs: Sequence[TensorSpec], passed: Sequence[str] = ()) -> None:
+    def __init__(
+        self, package: Any, inputs: Sequence[TensorSpec], passed: Sequence[str] = (), *,
+        merged: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         """
         Args:
             package: torch's loader of the package; it must not be run by anyone else.
             inputs: the arguments that the package was compiled for.
             passed: names of the weights that it takes as further arguments.
+            merged: the weights that a merged one of the package consists of, by its name.
         """
         self._package = package
-        self._inputs, self._passed = tuple(inputs), tuple(passed)
+        self._inputs, self._passed, self._merged = tuple(inputs), tuple(passed), dict(merged or {})
+        self._constants = tuple(package.get_constant_fqns())
         self._weights: dict[str, Tensor] = {}
         self._bound: list[Tensor] = []
         self._small: list[Tensor] = []
@@ -59,8 +74,8 @@ class AotStage:
 
     @property
     def weight_names(self) -> tuple[str, ...]:
-        """Qualified names of the tensors that the package reads."""
-        return (*self._package.get_constant_fqns(), *self._passed)
+        """Qualified names of the denoiser's tensors that the package reads."""
+        return (*(part for name in self._constants for part in self._merged.get(name, (name,))), *self._passed)
 
     def bind(self, weights: Mapping[str, Tensor]) -> None:
         """Give the package its weights; their memory is used as it is.
@@ -97,15 +112,20 @@ class AotStage:
 
     def _bind_addresses(self) -> None:
         self._addresses = None
+        weights = {
+            name: join_parameters([self._weights[part] for part in self._merged[name]]) if name in self._merged
+            else self._weights[name]
+            for name in (*self._constants, *self._passed)
+        }
         # Views keep the memory alive that the package points to, whatever happens to the parameters.
-        aliases = {name: tensor.detach() for name, tensor in self._weights.items()}
+        aliases = {name: tensor.detach() for name, tensor in weights.items()}
         strided = [name for name, tensor in aliases.items() if not tensor.is_contiguous()]
         if strided:
             raise InputError(
                 f"{len(strided)} weights are not contiguous ({', '.join(strided[:3])}), compiled code reads them as if "
                 "they were; call .contiguous() on them"
             )
-        constants = {name: alias for name, alias in aliases.items() if name not in self._passed}
+        constants = {name: aliases[name] for name in self._constants}
         if constants:
             self._package.load_constants(constants, False, True, True)  # into the active set; all of them; by reference
         self._bound = list(aliases.values())
@@ -146,49 +166,78 @@ class AotInductor:
 
     def build(self, job: Job) -> Path:
         """See `ArtifactBackend.build`."""
+        from torch._inductor.package import package_aoti  # not at the top: loading needs no compiler
+
         file = job.folder / f"{job.name}.pt2"
         compiler = sharing_compiler()
         if compiler is None:
             raise InputError(f"aotinductor {NO_COMPILER}")
         options = _OPTIONS | (_ON_GPUS if job.target.device == "cuda" else {}) | {"cpp.cxx": (None, compiler)}
-        arguments = example_arguments(job.stage)
+        merged = merge_linears(job.stage)
+        parts = hoist(merged.stage)
+        stages = {_EACH: merged.stage} if parts is None else {_ONCE: parts.once, _EACH: parts.each}
+        small = _small_weights(stage_weights(job.stage))
+        hoisted = () if parts is None else stage_inputs(parts.each)[len(stage_inputs(job.stage)):]
+        noted = {
+            "merged": dict(merged.sources), "positions": () if parts is None else parts.positions,
+            "hoisted": [spec.model_dump() for spec in hoisted],
+        }
+        options |= {"aot_inductor.package": True, "aot_inductor.metadata": {_METADATA: json.dumps(noted)}}
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            module, small = _with_small_weights_as_inputs(job.stage)
-            arguments += tuple(tensor.detach() for tensor in small.values())
-            program = torch.export.export(module, arguments, strict=False)
-            torch._inductor.aoti_compile_and_package(
-                program, package_path=str(file), inductor_configs=options | self._options
-            )
-        weights = stage_weights(job.stage)
-        package = _open_package(file, _device_index(weights))
-        expected, got = weights.keys() - small.keys(), set(package.get_constant_fqns())
-        if got != expected:
-            raise InputError(
-                f"aotinductor wrote weights into the code or made constants of its own "
-                f"({', '.join(sorted(got ^ expected)[:3])}), which could not follow the live ones; use --backend onnx "
-                "for this denoiser"
-            )
+            files = {name: _compile(stage, small, options | self._options) for name, stage in stages.items()}
+            package_aoti(str(file), files)
+        for name, stage in stages.items():
+            weights = stage_weights(stage)
+            package = _open_package(file, _device_index(weights), name)
+            expected, got = weights.keys() - small.keys(), set(package.get_constant_fqns())
+            if got != expected:
+                raise InputError(
+                    f"aotinductor wrote weights into the code or made constants of its own "
+                    f"({', '.join(sorted(got ^ expected)[:3])}), which could not follow the live ones; use --backend "
+                    "onnx for this denoiser"
+                )
         return file
 
     def load(self, file: Path, stage: StageInterface) -> Executable:
         """See `ArtifactBackend.load`."""
-        executable = AotStage(
-            _open_package(file, _device_index(stage.weights)), stage.inputs, tuple(_small_weights(stage.weights))
-        )
-        executable.bind(stage.weights)
-        return executable
+        index, small = _device_index(stage.weights), tuple(_small_weights(stage.weights))
+        package = _open_package(file, index)
+        noted = json.loads(package.get_metadata().get(_METADATA, "{}"))
+        positions = tuple(noted.get("positions", ()))
+
+        def bound(package: Any, inputs: Sequence[TensorSpec]) -> AotStage:
+            part = AotStage(package, inputs, small, merged=noted.get("merged"))
+            part.bind(stage.weights)
+            return part
+
+        if not positions:
+            return bound(package, stage.inputs)
+        hoisted = [TensorSpec(**spec) for spec in noted["hoisted"]]
+        once = bound(_open_package(file, index, _ONCE), [stage.inputs[position] for position in positions])
+        return Hoisted(once, bound(package, [*stage.inputs, *hoisted]), positions)
 
 
-def _open_package(file: Path, device_index: int = -1) -> Any:
+def _compile(stage: StageGraph, small: Mapping[str, Tensor], options: Mapping[str, Any]) -> list[Any]:
+    """The files of one model of a package, with the weights `small` as further arguments."""
+    module = _with_weights_as_inputs(stage.module, tuple(small))
+    arguments = (*example_arguments(stage), *(tensor.detach() for tensor in small.values()))
+    program = torch.export.export(module, arguments, strict=False)
+    files = torch._inductor.aot_compile(program.module(), arguments, options=dict(options))
+    assert isinstance(files, list)
+    return files
+
+
+def _open_package(file: Path, device_index: int = -1, model: str = _EACH) -> Any:
     """Load a package by its C++ loader alone: torch's Python loaders also look for pickled parts.
 
     Args:
         file: the package.
         device_index: of the GPU that it will run on; -1 on CPUs.
+        model: which of its models.
     """
     # One runner without locks: what CUDA graph capture needs; a stage is never run from two threads.
-    return torch._C._aoti.AOTIModelPackageLoader(str(file), "model", True, 1, device_index)
+    return torch._C._aoti.AOTIModelPackageLoader(str(file), model, True, 1, device_index)
 
 
 def _device_index(weights: Mapping[str, Tensor]) -> int:
@@ -204,20 +253,19 @@ def _small_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _with_small_weights_as_inputs(stage: StageGraph) -> tuple[fx.GraphModule, dict[str, Tensor]]:
-    """The stage's graph with its small weights as further arguments, and those weights."""
-    small = _small_weights(stage_weights(stage))
-    if not small:
-        return stage.module, small
+def _with_weights_as_inputs(module: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
+    """The graph with these of its weights (it need not read them all) as further arguments."""
+    if not names:
+        return module
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
-    nodes = list(stage.module.graph.nodes)
+    nodes = list(module.graph.nodes)
     for node in (node for node in nodes if node.op == "placeholder"):
         copied[node] = graph.node_copy(node)
-    inputs = {name: graph.placeholder(f"weight_{index}") for index, name in enumerate(small)}
+    inputs = {name: graph.placeholder(f"weight_{index}") for index, name in enumerate(names)}
     for node in nodes:
         if node.op == "get_attr" and node.target in inputs:
             copied[node] = inputs[node.target]
         elif node.op != "placeholder":
             copied[node] = graph.node_copy(node, copied.__getitem__)
-    return fx.GraphModule(stage.module, graph, class_name="Stage").eval(), small
+    return fx.GraphModule(module, graph, class_name="Stage").eval()

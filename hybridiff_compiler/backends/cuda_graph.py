@@ -19,6 +19,8 @@ from .hoisting import Hoisted
 __all__ = ["CudaRecorder", "Recorder", "Replay", "memory_key", "record_plainly", "recorder_for", "seconds_per_call"]
 
 _WARM_UP_CALLS = 3
+_SETS = 2
+"""Of hoisted results that are kept."""
 
 
 class Recorder(Protocol):
@@ -144,28 +146,52 @@ class Replay:
             buffer.copy_(argument, non_blocking=True)
             renew = renew or (self._once is not None and index in self._once.positions)
         if renew and self._once is not None:
-            self._once()
+            self._once(arguments)
         self.replay()
         return self._outputs
 
     def forget(self) -> None:
         """Take nothing for unchanged at the next call: weights may have been written to."""
         self._seen.clear()
+        if self._once is not None:
+            self._once.forget()
 
 
 class _Once:
-    """The hoisted part of a graph, recorded apart; its results stay in memory of their own."""
+    """The hoisted part of a graph, recorded apart, with its latest results for two sets of arguments.
+
+    Two, because one graph may serve both branches in turn.
+    """
 
     def __init__(self, call: Hoisted, inputs: Sequence[Tensor], recorder: Recorder) -> None:
         self.positions = frozenset(call.positions)
+        self._order = call.positions
         self._replay, self._outputs = recorder(call.once, [inputs[index] for index in call.positions])
         with torch.inference_mode(False), torch.no_grad():
-            self.results = [output.clone() for output in self._outputs]
+            self.results, *self._kept = [[output.clone() for output in self._outputs] for _ in range(1 + _SETS)]
+        self._known: dict[int, tuple[Sequence[object], Sequence[Tensor]]] = {}
+        self._next = 0
 
-    def __call__(self) -> None:
-        self._replay()
-        for result, output in zip(self.results, self._outputs):
-            result.copy_(output)
+    def __call__(self, arguments: Sequence[Tensor]) -> None:
+        """Put what belongs to `arguments`, which are in the graph's inputs by now, into `results`."""
+        taken = [arguments[index] for index in self._order]
+        keys = [memory_key(argument) for argument in taken]
+        slot = next((slot for slot, (known, _) in self._known.items() if known == keys), None)
+        if slot is None or None in keys:
+            self._replay()
+            slot, self._next = self._next, (self._next + 1) % _SETS
+            self._known[slot] = keys, taken  # held on to, so that their memory is not handed out again
+            _copy(self._outputs, self._kept[slot])
+        _copy(self._kept[slot], self.results)
+
+    def forget(self) -> None:
+        """Compute everything anew."""
+        self._known.clear()
+
+
+def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    for source, target in zip(sources, targets):
+        target.copy_(source)
 
 
 def memory_key(tensor: Tensor) -> Sequence[object] | None:

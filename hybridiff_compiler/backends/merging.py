@@ -23,6 +23,8 @@ __all__ = ["Merged", "join_parameters", "merge_linears"]
 
 _ALIGNMENT = 16
 """Bytes; compiled kernels load whole vectors from the start of a weight."""
+_LEAST_ROWS = 16
+"""Of a weight; merging smaller ones saves nothing."""
 _LINEAR = torch.ops.aten.linear.default
 
 
@@ -150,7 +152,7 @@ def _can_join(tensors: Sequence[Tensor]) -> bool:
     plain: Callable[[Tensor], bool] = lambda t: (  # noqa: E731
         type(t) in (nn.Parameter, Tensor) and t.device.type != "meta" and t.is_contiguous() and not t.is_inference()
         and t.dtype == first.dtype and t.device == first.device and t.shape[1:] == first.shape[1:]
-        and t.dtype.is_floating_point and t.nbytes % _ALIGNMENT == 0
+        and t.dtype.is_floating_point and t.nbytes % _ALIGNMENT == 0 and t.dim() > 0 and t.shape[0] >= _LEAST_ROWS
     )
     if not all(map(plain, tensors)) or len({id(t) for t in tensors}) != len(tensors):
         return False

@@ -28,6 +28,9 @@ from .watch import DeviceWatch
 
 __all__ = ["Driver"]
 
+_CHANGED = (
+    "the denoiser's weights or modules changed after parallelize, which must be called again to run by the plan"
+)
 _BUILD_TIMEOUT_S = 600.0
 """Longest time for the workers to build graphs of another batch size; a dead one is noticed at once."""
 
@@ -63,6 +66,8 @@ class Driver:
         self._executor, self._images = executors.at(1), 1
         self._close, self._watch = close, watch
         self._weights = _weights_key(denoiser)
+        self._tensors = _tensors(denoiser)
+        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
         self._schedule = ScheduleState(plan.schedule)
         self._estimates = EstimateMemory()
         self._outbox = None if transport is None else OrderOutbox(transport, plan.model.signature)
@@ -70,7 +75,7 @@ class Driver:
         self._missed: dict[int, list[int]] = {rank: [] for rank in range(1, plan.world_size)}
         self._generation = self._timings = self._traces = self._resizes = self._reports = 0
         self._step = 0
-        self._bypass = False
+        self._bypass = self._unchecked = False
         self._said: set[str] = set()
 
     @contextmanager
@@ -138,18 +143,20 @@ class Driver:
             merge_traces([Path(folder) / f"{rank}.json" for rank in (0, *ranks)], target)
 
     def start(self, num_steps: int, signature: CallSignature) -> bool:
-        """See `StepHandler.start`: covered are calls of the plan's signature with the weights that the ranks hold."""
+        """See `StepHandler.start`: covered are calls of the plan's signature with the weights that the ranks hold.
+
+        Only whether these lie where they did is looked at here, since recorded graphs read that memory. Whether they
+        are the denoiser's still, and were not written to, is looked at when the first step is under way: with thousands
+        of parameters that takes as long as several layers.
+        """
         if self._bypass:
             return False
         images = batch_factor(self.plan.model.signature, signature)
         if images is None:
             mismatch = self.plan.model.signature.mismatch(signature)
             return self._uncovered(f"the plan does not cover this call ({mismatch})")
-        if _weights_key(self._denoiser) != self._weights:
-            return self._uncovered(
-                "the denoiser's weights or modules changed after parallelize, which must be called again to run by the "
-                "plan"
-            )
+        if [tensor.data_ptr() for tensor in self._tensors] != self._addresses:
+            return self._uncovered(_CHANGED)
         if images != self._images and not self._resize(images):
             return False
         if num_steps != self.plan.num_steps:
@@ -158,6 +165,7 @@ class Driver:
                 f"pattern {self.plan.exact!r}"
             )
         self._generation += 1
+        self._unchecked = True
         self.executed.clear()
         self._schedule.reset()
         self._estimates.reset()
@@ -233,8 +241,8 @@ class Driver:
         return True
 
     @torch.no_grad()
-    def step(self, call: GuidedCall) -> Mapping[Branch, Tensor]:
-        """See `StepHandler.step`.
+    def step(self, call: GuidedCall) -> Mapping[Branch, Tensor] | None:
+        """See `StepHandler.step`: the first step of a generation is given up if the weights are not what they were.
 
         Raises:
             WorkerError: a worker failed or hung; the plan has been closed and the pipeline runs on one device again.
@@ -250,6 +258,12 @@ class Driver:
                 computed = self._run(name, call)
             except BaseException as error:
                 self._fail(error, f"step {call.step} ({name})")
+        if self._unchecked:
+            self._unchecked = False
+            if _weights_key(self._denoiser) != self._weights:
+                self.executed.clear()
+                self._uncovered(_CHANGED)
+                return None
         if self._watch is not None and call.step == call.num_steps - 1:
             try:
                 self._watch.finish()  # a worker that failed must not go unnoticed by the last step
@@ -346,8 +360,11 @@ class Driver:
             warnings.warn(f"hybridiff: {message}", stacklevel=2)
 
 
+def _tensors(denoiser: nn.Module) -> list[Tensor]:
+    return [*denoiser.parameters(), *denoiser.buffers()]
+
+
 def _weights_key(denoiser: nn.Module) -> tuple[object, ...]:
     """Changes when a parameter, buffer or submodule is replaced or edited in place (LoRA, offloading, `load`)."""
-    tensors = [*denoiser.parameters(), *denoiser.buffers()]
-    versions = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+    versions = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in _tensors(denoiser))
     return versions, tuple(id(module) for module in denoiser.modules())

@@ -47,8 +47,8 @@ class StepHandler(Protocol):
     def start(self, num_steps: int, signature: CallSignature) -> bool:
         """A generation begins; `signature` is one branch's call. False: run this generation without the handler."""
 
-    def step(self, call: GuidedCall) -> Mapping[Branch, Tensor]:
-        """The pair of estimates of one step."""
+    def step(self, call: GuidedCall) -> Mapping[Branch, Tensor] | None:
+        """The pair of estimates of one step; None: run it and the rest of the generation without the handler."""
 
 
 def find_denoiser(pipe: Any) -> tuple[str, nn.Module]:
@@ -170,6 +170,8 @@ class _Watcher:
         if self._step >= self._num_steps:
             return None
         pair = self._run(_split(tensors, tensors[self._latents].shape[0]))
+        if pair is None:
+            return None
         return torch.cat([pair[branch] for branch in BRANCHES])
 
     def _one_of_two(self, tensors: Mapping[str, Tensor], pairs: TwoCalls) -> Tensor | None:
@@ -189,13 +191,17 @@ class _Watcher:
             return None
         inputs = pairs.inputs(tensors)
         pair = self._run(inputs)
+        if pair is None:
+            return None
         self._pending = inputs[uncond], pair[uncond]
         return pair[cond].clone()
 
-    def _run(self, inputs: Mapping[Branch, Mapping[str, Tensor]]) -> Mapping[Branch, Tensor]:
+    def _run(self, inputs: Mapping[Branch, Mapping[str, Tensor]]) -> Mapping[Branch, Tensor] | None:
         call = GuidedCall(step=self._step, num_steps=self._num_steps, inputs=inputs)
         self._step += 1
-        return self._handler.step(call)
+        pair = self._handler.step(call)
+        self._covered = self._covered and pair is not None
+        return pair
 
     def _begin(self, signature: CallSignature, tensors: Mapping[str, Tensor]) -> None:
         self._fresh = False
@@ -231,7 +237,8 @@ class _Watcher:
         # The conditional estimate has been given out; the handler still has to see the whole step.
         inputs = self._pairs.inputs(first)
         pair = self._run(inputs)
-        self._pending = inputs[BRANCHES[0]], pair[BRANCHES[0]]
+        if pair is not None:
+            self._pending = inputs[BRANCHES[0]], pair[BRANCHES[0]]
 
     def _is_guided(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether this call is batched guidance (one comparison of the latents per generation)."""
