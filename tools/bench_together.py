@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--profiles", type=Path, help="folder of NAME.json: use their partitions and predictions")
     parser.add_argument("--loop-only", action="store_true", help="pipelines without a VAE")
     parser.add_argument("--decoder", default="pipeline", help="as for `hybridiff bench`")
+    parser.add_argument("--trace", type=Path, help="folder for traces of the row `branch`")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -43,6 +44,7 @@ def _take_turns(arguments: argparse.Namespace) -> None:
     common = [f"--pixels={arguments.pixels}", f"--steps={arguments.steps}", f"--device={arguments.device}", "--child"]
     common += [f"--decoder={arguments.decoder}", *(["--loop-only"] if arguments.loop_only else [])]
     common += [] if arguments.profiles is None else [f"--profiles={arguments.profiles}"]
+    common += [] if arguments.trace is None else [f"--trace={arguments.trace}"]
     waiting = {
         model: subprocess.Popen([sys.executable, __file__, str(arguments.folder), model, *common])
         for model in arguments.models
@@ -101,7 +103,7 @@ def _measure(arguments: argparse.Namespace) -> None:
     bench = Bench(
         built.pipe, built.options(arguments.pixels, 0), name=name, pixels=arguments.pixels, steps=arguments.steps,
         rows=chosen.split(",") if chosen else ROWS, backend=backend or None, decode=arguments.decoder,
-        profile=profile,
+        profile=profile, traces=arguments.trace,
     )
     rows = []
     with bench.open(on_progress) as measure:

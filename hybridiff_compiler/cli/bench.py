@@ -40,6 +40,9 @@ def command(
         "--decode", help="Time the decode of the VAE instead: as it comes, compiled, and in bands of rows.")] = False,
     decode_dtype: Annotated[str | None, typer.Option(
         help="With --decode: float32, float16 or bfloat16 [default: what the pipeline decodes in].")] = None,
+    trace: Annotated[Path | None, typer.Option(
+        metavar="FOLDER", help="Record a generation by the row `branch` on all GPUs there; see tools/trace_gaps.py.",
+    )] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The results to write (JSON).")] = None,
     json_mode: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -72,7 +75,7 @@ def command(
                 bench = Bench(
                     pipe, options, name=model, pixels=pixels, steps=steps, gpus=gpus, repeats=repeats, backend=backend,
                     threads=threads, rows=rows or default_rows(gpus), profile=profiles.get(model),
-                    decode=cast(Any, decoder),
+                    decode=cast(Any, decoder), traces=trace,
                 )
                 with bench.open(on_progress) as measure:
                     benches[model] = tuple(measure())

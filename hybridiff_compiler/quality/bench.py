@@ -7,6 +7,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -79,7 +80,7 @@ class Bench:
     def __init__(
         self, pipe: Any, options: Mapping[str, Any], *, name: str, pixels: int, steps: int = 50, gpus: int = 2,
         rows: Sequence[str] = ROWS, repeats: int = 3, backend: str | None = None, threads: int | None = None,
-        decode: DecodeMode = "pipeline", profile: Profile | None = None,
+        decode: DecodeMode = "pipeline", profile: Profile | None = None, traces: Path | None = None,
     ) -> None:
         """
         Args:
@@ -95,6 +96,7 @@ class Bench:
             decode: see `parallelize`; for pipelines with a VAE, whose whole calls are timed too.
             profile: of the same denoiser; then its partitions are used instead of ones that balance arithmetic, and
                 rows come with the latency that it predicts.
+            traces: folder (made if missing) for a trace of one more generation of the row `branch`, on GPUs.
 
         Raises:
             UsageError: an unknown row, or one that needs more ranks.
@@ -110,7 +112,7 @@ class Bench:
         self._pipe, self._options, self._name, self._pixels = pipe, options, name, pixels
         self._steps, self._gpus, self._repeats = steps, gpus, repeats
         self._rows = [row for row in known if row in rows]
-        self._backend, self._threads, self._profile = backend, threads, profile
+        self._backend, self._threads, self._profile, self._traces = backend, threads, profile, traces
         self._has_vae = getattr(pipe, "vae", None) is not None
         self._decode: DecodeMode = decode if self._has_vae else "pipeline"
         self._denoiser = find_denoiser(pipe)[1]
@@ -163,6 +165,10 @@ class Bench:
             stages = {} if parallel is None or name == "single-eager" else {
                 pattern: max(parallel.stage_seconds(pattern)) for pattern in patterns
             }
+            if self._traces is not None and parallel is not None and name == "branch":
+                self._traces.mkdir(parents=True, exist_ok=True)
+                with parallel.traced(self._traces / f"{self._name}-{name}.json.gz"):
+                    self._pipe(num_inference_steps=self._steps, **self._options)
             ideal_s = sum(patterns[pattern] * seconds for pattern, seconds in stages.items())
             yield BenchRow(
                 name=name, ranks=ranks, steps=self._steps, patterns=patterns, latency_s=loop_s, loop_s=loop_s,
