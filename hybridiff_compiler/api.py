@@ -26,6 +26,7 @@ def profile(
     images_per_batch: int = 8,
     quick: bool = False,
     full: bool = False,
+    trends: bool = False,
     gpus: Iterable[int] = (1, 2, 4),
     link: Link | None = None,
     errors_from: Profile | None = None,
@@ -52,6 +53,8 @@ def profile(
         quick: at most four prompts, two probes and few steps and ages: minutes become seconds, curves become rough.
         full: errors of every step and more ages, on all prompts (several times the work; for GPUs). The default
             measures every third step and the first and last ones, three ages and eight prompts, and interpolates.
+        trends: whether steps that extrapolate earlier estimates are measured, too. Errors add up in plans of such steps
+            in ways that are predicted badly.
         gpus: the numbers of GPUs to plan for later: their ways to run a step are measured.
         link: between the GPUs that will run it, if stages shall recompute cheap layers whose values take longer to
             arrive over it (default: they receive everything).
@@ -107,7 +110,7 @@ def profile(
         backend=_backend(find_denoiser(pipe)[1], backend),
         partial=partial,
         helpers=_helpers(pipe) if helpers is None else helpers,
-        tables_for=f"GPUs {worlds}" + (f", link {link}" if link is not None else "")
+        tables_for=f"GPUs {worlds}" + (", trends" if trends else "") + (f", link {link}" if link is not None else "")
         + (f", cuts of {cuts_from.digest()[:16]}" if cuts_from is not None else ""),
         on_progress=on_progress,
     )
@@ -118,7 +121,7 @@ def profile(
                 raise PlanMismatchError("cuts cannot be taken over from a profile of another denoiser or size")
             return cuts_from.partitions, cuts_from.patterns
         partitions = candidate_partitions(graph, costs, worlds, link=link)
-        return partitions, measured_patterns(partitions, worlds)
+        return partitions, measured_patterns(partitions, worlds, trends=trends)
 
     def schedules(profile: Profile) -> Sequence[tuple[tuple[str, ...], str]]:
         if cuts_from is not None:  # which schedules are tried follows times, too

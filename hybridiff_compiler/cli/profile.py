@@ -58,6 +58,9 @@ def command(
     quick: Annotated[bool, typer.Option("--quick", help="Few prompts and probes: rough curves in seconds.")] = False,
     full: Annotated[bool, typer.Option(
         "--full", help="Errors of every step on every prompt, nothing interpolated: several times the work.")] = False,
+    trends: Annotated[bool, typer.Option(
+        "--trends", help="Measure steps that extrapolate earlier estimates, too: plans of them are predicted badly.")
+    ] = False,
     restart: Annotated[bool, typer.Option(
         "--restart", help="Begin anew, whatever an unfinished run has left beside the output.")] = False,
     json_mode: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -115,7 +118,8 @@ def command(
                 loaded.pipe, prompts=chosen, name=loaded.name,
                 num_inference_steps=steps or loaded.num_inference_steps,
                 guidance_scale=guidance_scale or loaded.guidance_scale,
-                seed=seed, threads=threads if device == "cpu" else None, quick=quick, full=full, errors_from=known,
+                seed=seed, threads=threads if device == "cpu" else None, quick=quick, full=full, trends=trends,
+                errors_from=known,
                 cuts_from=None if cuts_from is None else Profile.load(cuts_from),
                 backend=backend, partial=partial, link=between, on_progress=on_progress,
                 **call_options(loaded, height, width),

@@ -113,16 +113,22 @@ def exact_patterns(gpus: int) -> tuple[Pattern, ...]:
     return tuple(pattern for pattern in generate_patterns((), gpus) if pattern.is_exact)
 
 
-def measured_patterns(partitions: Sequence[Partition], gpus: Iterable[int] = (1, 2, 4)) -> tuple[Pattern, ...]:
+def measured_patterns(
+    partitions: Sequence[Partition], gpus: Iterable[int] = (1, 2, 4), *, trends: bool = True
+) -> tuple[Pattern, ...]:
     """The tables whose errors a profile for these numbers of ranks should measure, each rank-free one once.
 
-    Ranks are those of two GPUs, where a table fits on them, else folded onto two.
+    Ranks are those of two GPUs, where a table fits on them, else folded onto two. Without `trends`, tables that draw a
+    line through earlier estimates are left out.
 
     Raises:
         UsageError: a number of ranks is out of range.
     """
     order = {family.name: index for index, family in enumerate(FAMILIES)}
-    found = {p.name: on_ranks(p, 2) for world in (2, *gpus) for p in generate_patterns(partitions, world)}
+    found = {
+        p.name: on_ranks(p, 2) for world in (2, *gpus) for p in generate_patterns(partitions, world)
+        if trends or not p.trend
+    }
     return tuple(sorted(found.values(), key=lambda pattern: order[family_of(pattern.name)]))
 
 

@@ -14,7 +14,7 @@ def group_of(pattern: Pattern, curve: ErrorCurve) -> str:
 
     Steps of one kind err in like directions, so they add up alike in a whole schedule.
     """
-    return f"{pattern.combine.value}/{curve.source}"
+    return f"{pattern.combine.value}{'+trend' if pattern.trend else ''}/{curve.source}"
 
 
 def grouped_errors(

@@ -6,6 +6,7 @@ on who computed what.
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import threading
 from collections import deque
@@ -13,6 +14,7 @@ from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from .closures import pack
 from .processes import Process
 
 __all__ = ["ErrorHelpers"]
@@ -23,25 +25,37 @@ _POLL_S = 0.5
 class ErrorHelpers:
     """Some processes that measure parts; close them when done. Without any, everything is measured here."""
 
-    def __init__(self, count: int, threads: int, arguments: Any) -> None:
+    def __init__(
+        self, count: int, threads: int, arguments: Any, on_note: Callable[[str], None] = lambda text: None
+    ) -> None:
         """
         Args:
             count: processes besides this one.
             threads: torch threads of each.
             arguments: of `ErrorMeasurement`, without its `Partial` and progress callback; they are pickled. If they
                 cannot be, there are no helpers.
+            on_note: called, from any thread, with why a helper is missing.
         """
-        self._processes: list[Process] = []
+        self._processes: dict[Process, threading.Thread] = {}
+        """With the thread that hands over the pipeline, before which nothing may be asked."""
+        self._note = on_note
         if not count:
             return
         try:
-            state = pickle.dumps((threads, arguments), pickle.HIGHEST_PROTOCOL)
-        except (pickle.PicklingError, TypeError, AttributeError):
+            state = pack((threads, arguments))
+        except (pickle.PicklingError, TypeError, AttributeError, ValueError) as error:
+            on_note(f"no other process shares the work on errors: the pipeline cannot be handed to one ({error})")
             return
         for _ in range(count):
             process = Process("hybridiff_compiler.profiler.error_worker", threads)
-            self._processes.append(process)
-            threading.Thread(target=_begin, args=(process, state), daemon=True).start()
+            thread = threading.Thread(target=_begin, args=(process, state), daemon=True)
+            self._processes[process] = thread
+            thread.start()
+
+    @property
+    def running(self) -> int:
+        """Processes besides this one that are there to share the work."""
+        return sum(process.running for process in self._processes)
 
     def share(
         self, what: str, tasks: Sequence[Any], here: Callable[[Any], Any], done: Callable[[Any, Any], None],
@@ -61,6 +75,7 @@ class ErrorHelpers:
         lock = threading.Lock()
 
         def serve(process: Process) -> None:
+            self._processes[process].join()
             while True:
                 with lock:
                     if not queue:
@@ -69,10 +84,11 @@ class ErrorHelpers:
                 try:
                     answer = process.ask(pickle.dumps((what, task, context)))
                     results.put((task, pickle.loads(answer)))  # noqa: S301 - from our own process
-                except (OSError, pickle.PickleError):
+                except (OSError, pickle.PickleError) as error:
                     with lock:
                         queue.appendleft(task)  # somebody else does it
                     process.close()
+                    self._note(f"a process that shared the work on errors ended: {error}")
                     return
 
         threads = [threading.Thread(target=serve, args=(p,), daemon=True) for p in self._processes if p.running]
@@ -100,7 +116,5 @@ class ErrorHelpers:
 
 
 def _begin(process: Process, state: bytes) -> None:
-    try:
+    with contextlib.suppress(OSError, ValueError):  # what it died of is said when something is asked of it
         process.write(state)
-    except OSError:
-        process.close()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from typing import Any
 
 import torch
 
@@ -26,6 +27,7 @@ def main() -> None:
     try:
         threads, arguments = pickle.loads(read_frame(_STDIN))  # noqa: S301 - from our own parent
         torch.set_num_threads(threads)
+        _make_known(arguments["generation"].pipe)
         measurement = ErrorMeasurement(**arguments, partial=Partial(None, {}))
         while True:
             what, task, context = pickle.loads(read_frame(_STDIN))  # noqa: S301
@@ -33,6 +35,19 @@ def main() -> None:
             write_frame(answers, pickle.dumps(result))
     except (EOFError, BrokenPipeError):
         return
+
+
+def _make_known(pipe: Any) -> None:
+    """Build a model of every class that transformers made.
+
+    Which outputs a class records is noted when a model of it is built, once per process, and unpickling builds none.
+    """
+    from transformers import PreTrainedModel
+
+    with torch.device("meta"):
+        for part in pipe.components.values():
+            if isinstance(part, PreTrainedModel):
+                type(part)(part.config)
 
 
 if __name__ == "__main__":

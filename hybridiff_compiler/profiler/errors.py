@@ -9,7 +9,7 @@ no run is finished for a single (step, pattern, age).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ir import (
+    BRANCHES,
+    Branch,
     CallSignature,
     ErrorSampling,
     FixedSchedule,
@@ -44,6 +46,7 @@ from .grid import THINNED, Grid
 from .linear import sampler_map
 from .partial import Partial
 from .record import Option, Recorder, guided, options_of
+from .resume import Resumed, known_steps
 from .sensitivity import Sketches, propagate, pull_back_images, standard_error_db
 
 __all__ = ["Curves", "ErrorMeasurement", "ErrorSettings"]
@@ -51,6 +54,8 @@ __all__ = ["Curves", "ErrorMeasurement", "ErrorSettings"]
 Progress = Callable[[str, int, int], None]
 _BLOCK = 12
 """Prompts that a whole schedule is measured on."""
+_KEPT_BYTES = 64 << 20
+"""Most memory for estimates of exact steps with which schedules are begun, and for images to compare with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +94,23 @@ class _Batch:
     """Per prompt, per step."""
     changes: list[dict[str, float]] = field(default_factory=list)
     sketches: Sketches | None = None
+    pairs: Tensor = field(default_factory=lambda: torch.empty(0))
+    """Exact estimates of the first steps, [steps, 2, P, ...]; of none where they would take much memory."""
 
     @property
     def name(self) -> str:
         """In the `Partial`."""
         return f"prompts {self.first}-{self.first + len(self.prompts) - 1}"
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A schedule to measure whole."""
+
+    number: int
+    steps: tuple[str, ...]
+    block: list[_Batch]
+    """Prompts, with what need not be computed of them."""
 
 
 class ErrorMeasurement:
@@ -135,13 +152,21 @@ class ErrorMeasurement:
         curved = list(prompts)[: settings.curve_prompts]
         half = min(size, -(-len(curved) // 2))  # two batches, for two processes
         self._batches = [_Batch(k, curved[k : k + half]) for k in range(0, len(curved), half)]
-        self._batches += [
-            _Batch(k, list(prompts)[k : k + size]) for k in range(len(curved), len(prompts), size)
-        ]
-        self._curved = len(curved)
+        # No gradients are kept of the others, so they are generated in the batches in which schedules are.
+        self._borders = _block_borders(len(prompts))
+        for begin, end in pairwise(sorted({len(curved), *(b for b in self._borders if b > len(curved))})):
+            self._batches += [
+                _Batch(k, list(prompts)[k : min(k + 2 * size, end)]) for k in range(begin, end, 2 * size)
+            ]
+        self._curved, self._prompts = len(curved), len(prompts)
+        self._references: dict[tuple[int, int], Tensor] = {}
 
-    def curves(self) -> Curves:
-        """Run every prompt exactly; errors by step and age on the first ones."""
+    def curves(self, known: Callable[[Curves], None] = lambda curves: None) -> Curves:
+        """Run every prompt exactly; errors by step and age on the first ones.
+
+        Args:
+            known: called once with what the first prompts have shown, while other processes go on with the others.
+        """
         missing = []
         for number, batch in enumerate(self._batches):
             kept = self._partial.get(batch.name)
@@ -156,11 +181,24 @@ class ErrorMeasurement:
             self._restore(batch, kept[1], kept[0])
             left = sum(not batch.rel_mae for batch in self._batches)
             self._progress("exact runs, errors by step and age", len(self._batches) - left, len(self._batches))
+            tell()
 
+        told: list[Curves] = []
+
+        def tell() -> None:
+            if not told and all(batch.rel_mae for batch in self._curved_batches):
+                told.append(self._curves(self._curved_batches))
+                known(told[0])
+
+        tell()
         self._helpers.share("prompts", missing, self.prompts, done)
-        steps = len(self._batches[0].rel_mae[0])
-        sketches = [batch.sketches for batch in self._batches if batch.sketches is not None]
-        rel_mae = [row for batch in self._batches for row in batch.rel_mae]
+        return self._curves(self._batches)
+
+    def _curves(self, batches: Sequence[_Batch]) -> Curves:
+        """What `batches`, those with errors by step and age among them, have shown."""
+        steps = len(batches[0].rel_mae[0])
+        sketches = [batch.sketches for batch in batches if batch.sketches is not None]
+        rel_mae = [row for batch in batches for row in batch.rel_mae]
         measured = [step for step in range(steps) if sketches[0].steps[step]]
         spread = [
             standard_error_db([each.steps[step][option] for each in sketches])
@@ -183,17 +221,25 @@ class ErrorMeasurement:
         kept = self._partial.get(name)
         if kept is not None:
             return Guidance.model_validate(kept[1])
-        rel_mae: list[tuple[float, ...]] = []
-        batches = [batch for batch in self._batches if batch.first < self._curved]
-        for number, batch in enumerate(batches):
-            self._progress(f"guidance scale {scale:g}", number, len(batches))
-            recorder = self._recorder(batch, (), scale)
-            self._generation.at(scale).latents(batch.prompts, recorder, batch.first)
-            rel_mae += [tuple(float(f"{v:.6g}") for v in row) for row in zip(*recorder.recording.rel_mae)]
-        self._progress(f"guidance scale {scale:g}", len(batches), len(batches))
-        guidance = Guidance(rel_mae=tuple(rel_mae), scale=scale)
+        batches = range(len(self._curved_batches))
+        rows: dict[int, list[list[float]]] = {}
+
+        def done(number: int, found: list[list[float]]) -> None:
+            rows[number] = found
+            self._progress(name.replace("guidance", "guidance scale"), len(rows), len(batches))
+
+        self._helpers.share("discrepancies", batches, lambda number: self.discrepancies(number, scale), done, scale)
+        rel_mae = tuple(tuple(float(f"{v:.6g}") for v in row) for number in batches for row in rows[number])
+        guidance = Guidance(rel_mae=rel_mae, scale=scale)
         self._partial.put(name, guidance.model_dump(mode="json"))
         return guidance
+
+    def discrepancies(self, number: int, scale: float) -> list[list[float]]:
+        """The discrepancy per prompt and step of batch `number` at guidance scale `scale`."""
+        batch = self._batches[number]
+        recorder = self._recorder(batch, (), scale)
+        self._generation.at(scale).latents(batch.prompts, recorder, batch.first)
+        return [list(row) for row in zip(*recorder.recording.rel_mae)]
 
     @torch.no_grad()
     def schedules(
@@ -215,14 +261,19 @@ class ErrorMeasurement:
             if kept is not None:
                 values[number] = kept[1]
 
-        def done(task: tuple[int, tuple[str, ...], int], psnrs: list[float]) -> None:
-            self._partial.put(names[task[0]], psnrs)
-            values[task[0]] = psnrs
+        def done(task: _Trial, psnrs: list[float]) -> None:
+            self._partial.put(names[task.number], psnrs)
+            values[task.number] = psnrs
             self._progress("whole schedules", len(values), len(proposals))
 
-        tasks = [(n, steps, n % len(blocks)) for n, (steps, _) in enumerate(proposals) if n not in values]
-        context = (model, blocks)
-        self._helpers.share("schedule", tasks, lambda task: self.schedule(task, context), done, context)
+        tasks = []
+        for number, (steps, _) in enumerate(proposals):
+            if number not in values:
+                known_first = known_steps(by_name, steps)
+                block = [replace(each, pairs=each.pairs[:known_first].clone()) for each in blocks[number % len(blocks)]]
+                tasks.append(_Trial(number, steps, block))
+        tasks.sort(key=lambda task: -_work(by_name, task))
+        self._helpers.share("schedule", tasks, lambda task: self.schedule(task, model), done, model)
         return [
             MeasuredSchedule(grouped_errors(by_name, known, steps), tuple(values[n]), n % len(blocks), kind)
             for n, (steps, kind) in enumerate(proposals)
@@ -235,41 +286,45 @@ class ErrorMeasurement:
         return self._kept(batch)
 
     @torch.no_grad()
-    def schedule(
-        self, task: tuple[int, tuple[str, ...], int], context: tuple[ModelInfo, list[list[_Batch]]]
-    ) -> list[float]:
-        """PSNR per prompt of one schedule (number, steps, block) on one of the blocks of `context`."""
-        (_, steps, block), (model, blocks) = task, context
+    def schedule(self, trial: _Trial, model: ModelInfo) -> list[float]:
+        """PSNR per prompt of one schedule."""
         decode = decoder_of(self._generation.pipe, self._generation.options)
         plan = Plan(
             model=model, ranks=(RankSpec(device="cpu"),) * self._exact.world_size, partitions=self._partitions,
-            patterns=self._patterns, exact=self._exact.name, schedule=FixedSchedule(steps=steps),
+            patterns=self._patterns, exact=self._exact.name, schedule=FixedSchedule(steps=trial.steps),
         )
         simulator = Simulator(plan, self._denoiser, runners=self._runners)
         values: list[float] = []
-        for batch in blocks[block]:
+        for batch in trial.block:
             self._runner(len(batch.prompts))
-            final = self._generation.latents(batch.prompts, simulator, batch.first)
-            reference = decode(batch.final.to(final))
-            values += [min(value, MAX_PSNR_DB) for value in psnr(decode(final), reference)]
+            resumed = Resumed(simulator, batch.pairs)
+            final = self._generation.latents(batch.prompts, resumed, batch.first)
+            values += [min(value, MAX_PSNR_DB) for value in psnr(decode(final), self._reference(batch, decode))]
         return values
 
+    def _reference(self, batch: _Batch, decode: Callable[[Tensor], Tensor]) -> Tensor:
+        """The exact images of a batch, decoded once where they do not take much memory."""
+        key = (batch.first, len(batch.prompts))
+        if key in self._references:
+            return self._references[key]
+        images = decode(batch.final.to(next(self._denoiser.parameters()).device))
+        if images[0].nbytes * self._prompts <= _KEPT_BYTES:
+            self._references[key] = images
+        return images
+
     def _blocks(self) -> list[list[_Batch]]:
-        """The prompts in blocks of about a dozen, two at least; a single prompt makes one. No gradients are kept, so
-        batches may be larger."""
+        """The prompts in blocks of about a dozen, two at least; a single prompt makes one."""
         size = 2 * self._settings.images_per_batch
         single = [
-            (batch.first + k, prompt, batch.final[k : k + 1])
+            (batch.first + k, prompt, batch.final[k : k + 1], batch.pairs[:, :, k : k + 1])
             for batch in self._batches for k, prompt in enumerate(batch.prompts)
         ]
-        count = min(len(single), max(2, round(len(single) / _BLOCK)))
-        borders = [round(k * len(single) / count) for k in range(count + 1)]
         result = []
-        for begin, end in pairwise(borders):
+        for begin, end in pairwise(self._borders):
             batches = []
             for k in range(begin, end, size):
-                chunk = single[k : min(k + size, end)]
-                batches.append(_Batch(chunk[0][0], [p for _, p, _ in chunk], torch.cat([f for _, _, f in chunk])))
+                first, prompts, finals, pairs = zip(*single[k : min(k + size, end)])
+                batches.append(_Batch(first[0], list(prompts), torch.cat(finals), pairs=torch.cat(pairs, dim=2)))
             result.append(batches)
         return result
 
@@ -300,6 +355,7 @@ class ErrorMeasurement:
         recorder = self._recorder(batch, self._options if curved else (), scale, number)
         batch.final = self._generation.latents(batch.prompts, recorder, batch.first)
         record = recorder.recording
+        batch.pairs = self._first_pairs(record.pairs)
         batch.rel_mae = [list(row) for row in zip(*record.rel_mae)]
         if not curved:
             return
@@ -321,6 +377,15 @@ class ErrorMeasurement:
             ),
         )
 
+    def _first_pairs(self, pairs: Sequence[Mapping[Branch, Tensor]]) -> Tensor:
+        """Estimates of as many first steps as schedules may begin with, if those of all prompts take little memory."""
+        half = pairs[: len(pairs) // 2]
+        each = sum(pair[branch][0].nbytes for pair in half for branch in BRANCHES)
+        if each * self._prompts > _KEPT_BYTES:
+            half = half[:0]
+        shape = (0, 2, *pairs[0]["cond"].shape)
+        return torch.stack([torch.stack([pair[b] for b in BRANCHES]) for pair in half]) if half else torch.empty(shape)
+
     def _redundancy(self) -> Redundancy:
         recorded = [batch for batch in self._batches if batch.changes]
         counts = np.array([len(batch.prompts) for batch in recorded], dtype=float)
@@ -332,7 +397,7 @@ class ErrorMeasurement:
 
     def _kept(self, batch: _Batch) -> tuple[dict[str, Any], dict[str, Tensor]]:
         data: dict[str, Any] = {"rel_mae": batch.rel_mae, "changes": batch.changes}
-        tensors = {"final": batch.final}
+        tensors = {"final": batch.final, "pairs": batch.pairs}
         if batch.sketches is not None:
             entries = [
                 (step, option) for step, row in enumerate(batch.sketches.steps) for option in row
@@ -346,9 +411,21 @@ class ErrorMeasurement:
 
     def _restore(self, batch: _Batch, tensors: Mapping[str, Tensor], data: dict[str, Any]) -> None:
         batch.final = tensors["final"].to(next(self._denoiser.parameters()).device)
-        batch.rel_mae, batch.changes = data["rel_mae"], data["changes"]
+        batch.pairs, batch.rel_mae, batch.changes = tensors["pairs"], data["rel_mae"], data["changes"]
         if "sketches" in tensors:
             rows: list[dict[Option, Tensor]] = [{} for _ in range(data["steps"])]
             for (step, index), sketch in zip(data["entries"], tensors["sketches"]):
                 rows[step][self._options[index]] = sketch
             batch.sketches = Sketches(rows, data["pixels"])
+
+
+def _block_borders(prompts: int) -> list[int]:
+    """Where the blocks of prompts begin and end: about a dozen each, two at least; a single prompt makes one."""
+    count = min(prompts, max(2, round(prompts / _BLOCK)))
+    return [round(k * prompts / count) for k in range(count + 1)]
+
+
+def _work(patterns: Mapping[str, Pattern], trial: _Trial) -> float:
+    """Evaluations of the denoiser for one branch that a trial takes."""
+    computed = trial.steps[len(trial.block[0].pairs) :]
+    return sum(len(patterns[name].units) / patterns[name].stages for name in computed)

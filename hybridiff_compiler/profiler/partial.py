@@ -21,7 +21,7 @@ from ..ir import InputError, PlanMismatchError
 
 __all__ = ["Partial", "weights_digest"]
 
-_FORMAT = "hybridiff-partial-1"
+_FORMAT = "hybridiff-partial-2"
 _SAMPLES = 256
 """Elements of every parameter that `weights_digest` looks at."""
 

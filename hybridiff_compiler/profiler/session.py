@@ -14,6 +14,7 @@ import torch
 
 from ..ir import (
     Costs,
+    Guidance,
     LayerGraph,
     ModelInfo,
     Partition,
@@ -29,7 +30,7 @@ from ..runtime.segments import SegmentRunner
 from .attribution import weighted
 from .compounding import fit_schedules
 from .error_helpers import ErrorHelpers
-from .errors import ErrorMeasurement, ErrorSettings
+from .errors import Curves, ErrorMeasurement, ErrorSettings
 from .generate import FirstCall, Generation, noise_levels, prompts_digest
 from .jobs import GraphBuilder, Job
 from .partial import Partial, weights_digest
@@ -186,7 +187,9 @@ class ProfileSession:
             "generation": self._generation, "prompts": self._prompts, "denoiser": None, "signature": self._signature,
             "partitions": self._partitions, "patterns": self._patterns, "settings": self._errors,
         }
-        with pinned_threads(threads), closing(ErrorHelpers(self._helpers, threads, arguments)) as helpers:
+        with pinned_threads(threads), closing(ErrorHelpers(
+            self._helpers, threads, arguments, on_note=lambda text: self._progress(text, 1, 1),
+        )) as helpers:
             measurement = ErrorMeasurement(**arguments, partial=partial, on_progress=self._progress, helpers=helpers)
             return self._judged(measurement, costs, graph, levels, proposals, partial)
 
@@ -194,16 +197,20 @@ class ProfileSession:
         self, measurement: ErrorMeasurement, costs: Costs, graph: LayerGraph, levels: tuple[float, ...],
         proposals: Proposals, partial: Partial,
     ) -> Profile:
-        curves = measurement.curves()
-        profile = Profile(
-            model=self._model(graph), graph=graph, costs=costs, num_steps=curves.num_steps,
-            scheduler=type(self._generation.pipe.scheduler).__name__, guidance_scale=self._generation.guidance_scale,
-            noise_levels=levels, guidance=curves.guidance,
-            further_guidance=tuple(measurement.guidance_at(scale) for scale in self._scales),
-            redundancy=curves.redundancy, partitions=self._partitions, patterns=self._patterns, errors=curves.errors,
-            sampling=curves.sampling, provenance=self._provenance(),
-        )
-        fit = fit_schedules(measurement.schedules(profile.model, profile.errors, proposals(profile)))
+        def profiled(curves: Curves, further: tuple[Guidance, ...] = ()) -> Profile:
+            return Profile(
+                model=self._model(graph), graph=graph, costs=costs, num_steps=curves.num_steps,
+                scheduler=type(self._generation.pipe.scheduler).__name__,
+                guidance_scale=self._generation.guidance_scale, noise_levels=levels, guidance=curves.guidance,
+                further_guidance=further, redundancy=curves.redundancy, partitions=self._partitions,
+                patterns=self._patterns, errors=curves.errors, sampling=curves.sampling,
+                provenance=self._provenance(),
+            )
+
+        trials: list[tuple[tuple[str, ...], str]] = []
+        curves = measurement.curves(lambda first: trials.extend(proposals(profiled(first))))
+        profile = profiled(curves, tuple(measurement.guidance_at(scale) for scale in self._scales))
+        fit = fit_schedules(measurement.schedules(profile.model, profile.errors, trials))
         by_name = {pattern.name: pattern for pattern in profile.patterns}
         return profile.model_copy(update={
             "errors": weighted(profile.errors, by_name, fit.weights), "compounding": fit.compounding,

@@ -114,6 +114,9 @@ def test_a_profile_measures_every_table_of_its_worlds_once() -> None:
     assert sum(not p.is_exact for p in measured) < 26
     wanted = {rank_free(p) for gpus in (1, 2, 4) for p in generate_patterns(MANY, gpus)}
     assert {rank_free(p) for p in measured} == wanted
+    assert {p.name for p in measured} - {p.name for p in measured_patterns(MANY, (1, 2, 4), trends=False)} == {
+        "trend", "half-trend"
+    }
 
 
 def test_stage_counts_halve() -> None:

@@ -18,7 +18,7 @@ STEPS = 6
 
 def measure(bench, prompts=("a cat", "a dog"), **changes):
     arguments = {"num_inference_steps": STEPS, "name": bench.name, "threads": 1, "quick": True, "gpus": (2,)}
-    arguments |= bench.options | changes
+    arguments |= {"helpers": 0, "trends": True} | bench.options | changes
     return hc.profile(bench.pipe, prompts=list(prompts), **arguments)
 
 
@@ -161,10 +161,13 @@ def test_threads_are_restored():
 
 
 def test_the_same_tables_and_seed_give_the_same_errors(bench, profile):
-    """With the cuts of another profile nothing of the errors depends on how long anything took."""
+    """With the cuts of another profile nothing of the errors depends on how long anything took, nor on how many
+    processes shared the work."""
     if bench.name != "unet":
         pytest.skip("one model is enough")
-    again = measure(bench, cuts_from=profile)
+    stages = set()
+    again = measure(bench, cuts_from=profile, helpers=1, on_progress=lambda stage, done, total: stages.add(stage))
+    assert not [stage for stage in stages if "process" in stage], "a helper was missing"
     assert again.partitions == profile.partitions
     assert (again.errors, again.guidance, again.compounding) == (profile.errors, profile.guidance, profile.compounding)
     with pytest.raises(PlanMismatchError, match="another denoiser"):
