@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from .ir import LayerGraph, Link, Partition, Pattern, PlanMismatchError, Profile, UsageError
+from .ir import LayerGraph, Link, Partition, Pattern, PlanMismatchError, Profile, Redundancy, UsageError
 
 __all__ = ["profile", "profile_costs"]
 
@@ -115,12 +115,15 @@ def profile(
         on_progress=on_progress,
     )
 
-    def tables(graph: LayerGraph, costs: Sequence[float]) -> tuple[tuple[Partition, ...], tuple[Pattern, ...]]:
+    def tables(
+        graph: LayerGraph, costs: Sequence[float], redundancy: Redundancy | None
+    ) -> tuple[tuple[Partition, ...], tuple[Pattern, ...]]:
         if cuts_from is not None:
             if cuts_from.model.fingerprint != graph.fingerprint():
                 raise PlanMismatchError("cuts cannot be taken over from a profile of another denoiser or size")
             return cuts_from.partitions, cuts_from.patterns
-        partitions = candidate_partitions(graph, costs, worlds, link=link)
+        change = None if redundancy is None else redundancy.mean
+        partitions = candidate_partitions(graph, costs, worlds, link=link, change=change)
         return partitions, measured_patterns(partitions, worlds, trends=trends)
 
     def schedules(profile: Profile) -> Sequence[tuple[tuple[str, ...], str]]:
@@ -128,7 +131,7 @@ def profile(
             profile = profile.model_copy(update={"costs": cuts_from.costs})
         return trial_schedules(profile, random=3 if quick else 10, seed=seed)
 
-    return session.measure(tables, schedules, errors_from)
+    return session.measure(tables, schedules, errors_from, survey=cuts_from is None)
 
 
 def profile_costs(

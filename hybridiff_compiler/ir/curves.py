@@ -57,11 +57,16 @@ def _flattened(curve: tuple[float, ...], history: int, eps: float, cap: int) -> 
 
 
 class Redundancy(Data):
-    """Temporal redundancy: how much the values that partitions cut change from step to step."""
+    """Temporal redundancy: how much the values between layers change from step to step.
+
+    Those that partitions cut are read one step old in cheap steps, so the partitioner prefers cuts of what changes
+    little (`planner.crossing.lost_across`).
+    """
 
     change: dict[str, tuple[float, ...]]
     """Per value, per step from the second on: mean |value - its value a step before| over the mean |value| of the step
-    before, over all prompts and both branches."""
+    before, over both branches; of values that partitions cut over all prompts, of others over the few that are
+    surveyed before partitions are chosen. Profiles from before that survey hold the former alone."""
 
     @property
     def mean(self) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 
@@ -10,7 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..ir import InputError, LayerGraph, Partition, UsageError
+from .crossing import bytes_in, change_weights
+from .layer_times import check_slack
 from .run_costs import RunCosts, Worker, shared_layers
+from .steady import steadiest_cuts
 
 __all__ = ["Division", "any_order_is_searchable", "divide"]
 
@@ -46,6 +49,8 @@ def divide(
     any_order: bool = False,
     recompute: bool | Iterable[str] = True,
     branches: int = 1,
+    slack: float = 0.0,
+    change: Mapping[str, float] | None = None,
     name: str = "linear",
 ) -> Division:
     """One contiguous stage per worker, the slowest as fast as possible, each within its worker's memory.
@@ -55,6 +60,10 @@ def divide(
     with `overlap` the larger of the two. What is recomputed is chosen per stage from all sets of `recompute` layers
     (with everything that they depend on). The output layer is in the last stage. Layers are never divided, and the
     captured graph is free of mutation and aliases across layers, so no cut separates what shares memory.
+
+    With `change`, the order of the ranks found stays, and of the divisions in it whose stages are up to `1 + slack`
+    times slower, each recomputing what makes it fastest, the one is taken that receives the fewest bytes weighed by
+    their change (`change_weights`): they are read one step old.
 
     Algorithm: a stage's time depends on its two borders and its rank alone, so a dynamic program over (ranks used,
     end of the last stage) is exact: `T[K, b] = min over r in K, a of max(T[K - r, a], time_r[a, b))`. In the given
@@ -72,14 +81,18 @@ def divide(
         any_order: whether stages may be given to ranks in any order.
         recompute: layers that may be recomputed; True for `shared_layers`, False for none.
         branches: branches evaluated together, for the memory of activations.
+        slack: share by which the slowest stage may exceed the least possible where `change` is known.
+        change: relative change of every value from step to step.
         name: of the partition.
 
     Raises:
-        UsageError: no workers, costs that do not fit the graph, or too many different ranks for `any_order`.
+        UsageError: no workers, costs or changes that do not fit the graph, a negative slack, or too many different
+            ranks for `any_order`.
         InputError: too few layers for so many stages, or no division fits into memory.
     """
     heads = (shared_layers(graph, costs) if recompute else ()) if isinstance(recompute, bool) else tuple(recompute)
     runs = RunCosts(graph, costs, recompute=heads, overlap=overlap, branches=branches)
+    check_slack(slack)
     if not workers:
         raise UsageError("got no workers; a partition has 1 stage or more")
     if len(workers) > runs.last + 1:
@@ -97,6 +110,12 @@ def divide(
     if found is None:
         raise InputError(_too_little(graph, runs, workers))
     cuts, used = found
+    if change is not None:
+        weights = change_weights(graph, change)
+        lost = [bytes_in(graph, {graph.names[k] for k in chosen}, weights) for chosen in runs.choices]
+        losses = [np.take_along_axis(np.stack(lost), by[None], axis=0)[0] for _, by in tables]
+        bound = _slowest(found, seconds) * (1 + slack)
+        cuts = steadiest_cuts([seconds[kind] for kind in used], [losses[kind] for kind in used], bound, runs.last)
     free = {kind: [rank for rank, own in enumerate(kind_of) if own == kind] for kind in set(kind_of)}
     spans = list(pairwise(cuts))
     choices = [int(tables[kind][1][span]) for span, kind in zip(spans, used)]

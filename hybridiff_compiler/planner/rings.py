@@ -6,14 +6,14 @@ a U-Net, which its skip connections tie together, so share a stage, and what cro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..ir import InputError, LayerGraph, Partition, UsageError
-from .crossing import bytes_in, bytes_out
+from .crossing import lost_across
 from .layer_times import check_costs, check_slack, inner_runs
 from .run_costs import Worker
 
@@ -28,16 +28,17 @@ _Window = tuple[int, NDArray[np.int64], NDArray[np.int64]]
 
 def rings(
     graph: LayerGraph, costs: Sequence[float], stages: int, *, workers: Sequence[Worker] | None = None,
-    slack: float = 0.0, name: str | None = None,
+    slack: float = 0.0, change: Mapping[str, float] | None = None, name: str | None = None,
 ) -> Partition:
     """Symmetric or lopsided rings around an inner run, none slower than the best balance allows.
 
     Objective: first the least possible time of the slowest stage, `T`, a stage taking the seconds of its layers over
     its worker's speed; then, among all ring partitions without a stage slower than `(1 + slack) T`, the fewest bytes
-    over all borders (a border's bytes are those of the values that cross it in either direction). No stage's
-    parameters exceed its worker's memory. What may be inside is as in `nested`, which for two stages also weighs the
-    time of receiving; one side of a ring may be empty, a ring may not. In graphs of more than `MAX_BORDERS` layers the
-    optimum is that over borders between that many stages of equal time, not over all of them.
+    over all borders (a border's bytes are those of the values that cross it in either direction), which with `change`
+    are weighed by how much they lose when read one step old (`lost_across`). No stage's parameters exceed its worker's
+    memory. What may be inside is as in `nested`, which for two stages also weighs the time of receiving; one side of a
+    ring may be empty, a ring may not. In graphs of more than `MAX_BORDERS` layers the optimum is that over borders
+    between that many stages of equal time, not over all of them.
 
     Algorithm: `bytes[k, i, j]`, the fewest bytes of `k` stages that fill the run `[i, j)`, is the least of
     `bytes[k-1, a, b] + border[a, b]` over the runs `[a, b)` in it that leave at most `T` around: for each `a` that is
@@ -52,11 +53,12 @@ def rings(
         stages: number of stages.
         workers: the rank of every stage, innermost first (default: equal ones); links have no say.
         slack: share by which the slowest stage may exceed the least possible, for the sake of fewer bytes.
+        change: relative change of every value from step to step, where known.
         name: default `nested{stages}`.
 
     Raises:
-        UsageError: fewer than two stages, not one worker for each, `costs` does not fit the graph, or `slack` is
-            negative.
+        UsageError: fewer than two stages, not one worker for each, `costs` or `change` does not fit the graph, or
+            `slack` is negative.
         InputError: the graph has too few layers for so many stages, or they do not fit into memory.
     """
     if stages < 2:
@@ -68,8 +70,9 @@ def rings(
     check_slack(slack)
     if stages > len(seconds):
         raise InputError(f"{len(seconds)} layers cannot make {stages} rings; ask for at most {len(seconds)}")
+    border = lost_across(graph, change)
     for allowed in inner_runs(graph):
-        search = _Search(graph, seconds, allowed, ranks)
+        search = _Search(graph, seconds, border, allowed, ranks)
         borders = search.best(slack)
         if borders is None:
             continue  # the strict choice of inner runs leaves no room for so many rings
@@ -95,7 +98,8 @@ class _Search:
     """The recurrences for one graph; runs `[i, j)` are entries of square arrays, stages count from the innermost."""
 
     def __init__(
-        self, graph: LayerGraph, seconds: NDArray[np.float64], allowed: NDArray[np.bool_], ranks: Sequence[Worker]
+        self, graph: LayerGraph, seconds: NDArray[np.float64], border: NDArray[np.int64], allowed: NDArray[np.bool_],
+        ranks: Sequence[Worker],
     ) -> None:
         begin = np.concatenate([[0.0], np.cumsum(seconds)])
         self.places = _places(begin, max(MAX_BORDERS, 2 * len(ranks)))
@@ -106,7 +110,7 @@ class _Search:
         self._speeds = [rank.speed for rank in ranks]
         self._memory = [np.inf if rank.memory_bytes is None else float(rank.memory_bytes) for rank in ranks]
         runs = np.ix_(self.places, self.places)
-        border, allowed = (bytes_in(graph) + bytes_out(graph))[runs], allowed[runs]
+        border, allowed = border[runs], allowed[runs]
         self._border = np.where(allowed, border.astype(float), np.inf)
         self._start, self._end = np.indices(border.shape)
         ends = np.where(allowed, self._end, 0).max(axis=1)

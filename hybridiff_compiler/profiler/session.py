@@ -22,6 +22,7 @@ from ..ir import (
     PlanMismatchError,
     Profile,
     Provenance,
+    Redundancy,
     UsageError,
 )
 from ..ir.versions import installed_versions
@@ -34,7 +35,8 @@ from .errors import Curves, ErrorMeasurement, ErrorSettings
 from .generate import FirstCall, Generation, noise_levels, prompts_digest
 from .jobs import GraphBuilder, Job
 from .partial import Partial, weights_digest
-from .settling import Tables, measure_costs
+from .redundancy import SURVEYED_PROMPTS, survey_redundancy
+from .settling import measure_costs
 from .timers import LocalTimers, timers_for
 from .timing import pinned_threads
 
@@ -43,6 +45,11 @@ __all__ = ["ProfileSession", "Progress"]
 Progress = Callable[[str, int, int], None]
 """Called with (stage of the session, done, total)."""
 
+Tables = Callable[
+    [LayerGraph, Sequence[float], Redundancy | None], tuple[tuple[Partition, ...], tuple[Pattern, ...]]
+]
+"""From the layer graph, layer times, and how much every value changes from step to step, the partitions and patterns
+worth measuring."""
 Proposals = Callable[[Profile], Sequence[tuple[tuple[str, ...], str]]]
 """From the profile so far, schedules to measure whole, each with its kind (`solved` or `random`)."""
 
@@ -94,15 +101,18 @@ class ProfileSession:
         self._progress: Progress = on_progress or (lambda stage, done, total: None)
         _, self._denoiser = find_denoiser(generation.pipe)
 
-    def measure(self, tables: Tables, proposals: Proposals, known: Profile | None = None) -> Profile:
+    def measure(
+        self, tables: Tables, proposals: Proposals, known: Profile | None = None, *, survey: bool = True
+    ) -> Profile:
         """Run the whole session.
 
         Args:
-            tables: from the layer graph and layer times, the partitions and patterns to judge (an exact pattern that
-                computes the branches one by one among them).
+            tables: see `Tables` (an exact pattern that computes the branches one by one is among the patterns).
             proposals: from the profile so far, schedules and their summed errors on which the compounding is fitted.
             known: a profile of the same generations made elsewhere. Its partitions, patterns and errors are kept
                 (what a table does to an image does not depend on the device) and only costs are measured.
+            survey: measure how much every value changes from step to step before partitions are chosen (not with
+                `known`); otherwise `tables` gets None for it.
 
         Raises:
             PlanMismatchError: `known` is for another denoiser, step count, scheduler or guidance scale.
@@ -111,12 +121,12 @@ class ProfileSession:
         for parameter in trainable:  # gradients are wanted of the latents alone
             parameter.requires_grad_(False)
         try:
-            return self._measure(tables, proposals, known)
+            return self._measure(tables, proposals, known, survey and known is None)
         finally:
             for parameter in trainable:
                 parameter.requires_grad_(True)
 
-    def _measure(self, tables: Tables, proposals: Proposals, known: Profile | None) -> Profile:
+    def _measure(self, tables: Tables, proposals: Proposals, known: Profile | None, survey: bool) -> Profile:
         first = FirstCall()
         self._generation.latents(self._prompts[:1], first)
         self._signature, call = first.require()
@@ -130,13 +140,17 @@ class ProfileSession:
         partial = Partial(None if known is not None else self._partial_path, self._settings(graph))
         if partial.found:
             self._progress(f"continuing {self._partial_path} ({partial.found} parts are done)", 1, 1)
+        redundancy = None if not survey else survey_redundancy(
+            bare.captured(1), self._generation, self._prompts[:SURVEYED_PROMPTS], partial,
+            on_step=lambda done, total: self._progress("changes from step to step", done, total),
+        )
         kept = partial.get("costs")
         if kept is not None:
             costs = Costs.model_validate(kept[1]["costs"])
             self._partitions = tuple(Partition.model_validate(each) for each in kept[1]["partitions"])
             self._patterns = tuple(Pattern.model_validate(each) for each in kept[1]["patterns"])
         else:
-            costs = first.added_to(self._measure_costs(bare, call.inputs, tables, known))
+            costs = first.added_to(self._measure_costs(bare, call.inputs, tables, known, redundancy))
             partial.put("costs", {
                 "costs": costs.model_dump(mode="json"),
                 "partitions": [each.model_dump(mode="json") for each in self._partitions],
@@ -149,10 +163,15 @@ class ProfileSession:
             })
         profile = self._with_errors(costs, graph, levels, proposals, partial)
         partial.remove()
-        return profile.model_copy(update={"costs": self._timed_again(bare, call.inputs, profile.costs)})
+        if redundancy is not None and profile.redundancy is not None:
+            redundancy = Redundancy(change=redundancy.change | profile.redundancy.change)
+        return profile.model_copy(update={
+            "costs": self._timed_again(bare, call.inputs, profile.costs),
+            "redundancy": redundancy or profile.redundancy,
+        })
 
     def _measure_costs(
-        self, bare: SegmentRunner, inputs: Any, tables: Tables, known: Profile | None
+        self, bare: SegmentRunner, inputs: Any, tables: Tables, known: Profile | None, redundancy: Redundancy | None
     ) -> Costs:
         device = next(self._denoiser.parameters()).device
         inputs = {branch: {path: leaf.to(device) for path, leaf in side.items()} for branch, side in inputs.items()}
@@ -160,7 +179,9 @@ class ProfileSession:
             self._denoiser, self._signature, inputs, captured={1: bare.captured(1)}
         ) as timers:
             measured = measure_costs(
-                bare, inputs, tables if known is None else lambda graph, costs: (known.partitions, known.patterns),
+                bare, inputs,
+                lambda graph, costs: tables(graph, costs, redundancy) if known is None
+                else (known.partitions, known.patterns),
                 timers, backend=self._backend, rounds=self._rounds, on_progress=self._progress,
             )
         self._partitions, self._patterns = measured.partitions, measured.patterns

@@ -9,8 +9,10 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..ir import Guidance, Profile
+from ..ir import Guidance, Partition, Profile
+from ..planner import candidate_partitions
 from ..planner.policy import paper_schedule
+from ..planner.staleness import lost_bytes, rank_errors, stale_tables
 from .style import plain_table
 from .textplot import text_plot
 
@@ -50,18 +52,21 @@ def describe_redundancy(profile: Profile) -> list[RenderableType]:
     if redundancy is None or not redundancy.change:
         return []
     change = redundancy.mean
-    table = plain_table(
-        "", "partition", "values", "KiB", "change", left=1,
-    )
-    for partition in profile.partitions:
-        cut = {
-            value.name: value for a in range(len(partition.stages)) for b in range(len(partition.stages)) if a != b
-            for value in partition.cut(profile.graph, a, b) if value.name in change
-        }
+    table = plain_table("", "partition", "slowest stage", "values", "KiB", "change", "stale KiB x change", left=1)
+    layer_s = dict(zip(profile.graph.names, profile.costs.layers[min(profile.costs.layers)]))
+    for partition in (*profile.partitions, *_by_bytes(profile)):
+        stages = range(len(partition.stages))
+        cut = {v.name: v for a in stages for b in stages if a != b for v in partition.cut(profile.graph, a, b)}
         size = sum(value.nbytes for value in cut.values())
-        if size:
-            level = sum(value.nbytes * change[value.name] for value in cut.values()) / size
-            table.add_row(partition.name, str(len(cut)), f"{size / 2**10:.0f}", f"{level:.3f}")
+        spread = lost_bytes(cut.values(), change)
+        read = {v.name: v for stage in stages[:-1] for v in partition.received(profile.graph, stage, stages[-1:])}
+        lost = lost_bytes(read.values(), change)
+        if size and spread is not None and lost is not None:
+            slowest = max(sum(layer_s[name] for name in stage) for stage in partition.stages) / sum(layer_s.values())
+            table.add_row(
+                partition.name, f"{slowest:.1%}", str(len(cut)), f"{size / 2**10:.0f}", f"{spread / size:.3f}",
+                f"{lost / 2**10:.2f}",
+            )
     steps = [step for step in _shown(profile.num_steps) if step > 0]
     names = sorted(change, key=lambda name: change[name])
     picked = names if len(names) <= _MAX_VALUES else names[: _MAX_VALUES // 2] + names[-_MAX_VALUES // 2 :]
@@ -74,8 +79,35 @@ def describe_redundancy(profile: Profile) -> list[RenderableType]:
     for name in picked:
         row = redundancy.change[name]
         values.add_row(name, producers[name], f"{change[name]:.3f}", *[f"{row[step - 1]:.3f}" for step in steps])
-    heading = "\nrelative change per step of what partitions cut (bytes-weighted mean; small tolerates staleness)"
-    return [Text(heading, style="bold"), table, values]
+    heading = (
+        "\nrelative change per step of what partitions cut (bytes-weighted mean; small tolerates staleness), and what "
+        "the last stage loses by reading it a step old"
+    )
+    return [Text(heading, style="bold"), table, *_ranking(profile), values]
+
+
+def _by_bytes(profile: Profile) -> list[Partition]:
+    """The two-stage splits that would be chosen if nothing were known of changes, where they differ."""
+    batch = min(profile.costs.layers)
+    if profile.redundancy is None or any(v.name not in profile.redundancy.change for v in profile.graph.values):
+        return []
+    mine = {partition.stages for partition in profile.partitions}
+    return [
+        partition.model_copy(update={"name": f"{partition.name}, by bytes alone"})
+        for partition in candidate_partitions(profile.graph, profile.costs.layers[batch])
+        if partition.stages not in mine
+    ]
+
+
+def _ranking(profile: Profile) -> list[Text]:
+    """How far what is lost tells which errors are larger."""
+    ranking = rank_errors(stale_tables(profile))
+    if not ranking.pairs:
+        return []
+    return [Text(
+        f"of {ranking.pairs} pairs of tables that differ in the partition alone, the one that loses less was measured "
+        f"to err less in {ranking.agreeing}"
+    )]
 
 
 def describe_trust(profile: Profile) -> list[RenderableType]:

@@ -302,6 +302,52 @@ def test_the_best_order_gives_the_memory_hog_to_the_rank_that_can_hold_it() -> N
     assert divide(graph, [1.0] * 4, ranks, any_order=True).order == (1, 0)
 
 
+@settings(max_examples=150, deadline=None)
+@given(st.data(), graphs(max_layers=6), st.sampled_from([0.0, 0.2, 1.0]), st.booleans())
+def test_steady_cuts_are_preferred(data: st.DataObject, graph: LayerGraph, slack: float, any_order: bool) -> None:
+    """Of the divisions in the order found that are fast enough, the one that receives the fewest changed bytes."""
+    order, last = list(graph.names), graph.names.index(graph.output)
+    costs = data.draw(st.lists(st.integers(1, 8), min_size=len(order), max_size=len(order)))
+    count = data.draw(st.integers(1, min(3, last + 1)))
+    speeds = data.draw(st.lists(st.sampled_from([0.5, 1.0, 2.0]), min_size=count, max_size=count))
+    steps = st.sampled_from([0.0, 0.03125, 0.25, 2.0])
+    change = data.draw(st.fixed_dictionaries({value.name: steps for value in graph.values}))
+    workers = [Worker(speed=speed) for speed in speeds]
+    arguments = {"any_order": any_order, "recompute": False}
+    fastest = divide(graph, costs, workers, **arguments)
+    found = divide(graph, costs, workers, slack=slack, change=change, **arguments)
+    assert found.order == fastest.order
+    found.partition.check_covers(graph)
+
+    def weigh(cut: tuple[int, ...]) -> tuple[float, int]:
+        spans = list(zip((0, *cut), (*cut, len(order))))
+        slowest = max(sum(costs[i:j]) / workers[rank].speed for (i, j), rank in zip(spans, found.order))
+        return slowest, sum(
+            value.nbytes + round(1e6 * value.nbytes * change[value.name]) for i, j in spans for value in graph.values
+            if value.producer not in order[i:j] and not set(order[i:j]).isdisjoint(value.consumers)
+        )
+
+    cuts = [weigh(cut) for cut in itertools.combinations(range(1, last + 1), count - 1)]
+    bound = fastest.slowest_s * (1 + slack) + 1e-9
+    sizes = [len(stage) for stage in found.partition.stages]
+    slowest, loss = weigh(tuple(itertools.accumulate(sizes[:-1])))
+    assert slowest == pytest.approx(found.slowest_s)
+    assert slowest <= bound
+    assert loss == min(loss for time, loss in cuts if time <= bound)
+
+
+def test_what_is_recomputed_is_not_lost() -> None:
+    """A restless value that every stage makes itself pulls no cut."""
+    graph = graph_of(6, [(0, (1, 2, 3, 4, 5), 1000), *((i, (i + 1,), 8) for i in range(1, 5))])
+    slow = Link(source=0, target=1, latency_s=0, bytes_per_s=1000)
+    change = {"v0": 1.0, "v1": 0.5, "v2": 0.5, "v3": 0.1, "v4": 0.5}
+    found = divide(
+        graph, [0.01, 1.0, 1.0, 1.0, 1.0, 1.0], [Worker(link=slow)] * 2, recompute=("l0",), slack=0.1, change=change,
+    )
+    assert found.partition.recomputed == ((), ("l0",))
+    assert len(found.partition.stages[0]) == 4
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -158,6 +158,84 @@ def test_equal_candidates_are_given_once() -> None:
     assert candidate_partitions(graph_of(1, []), [1.0]) == ()
 
 
+def changes_for(graph: LayerGraph) -> st.SearchStrategy[dict[str, float]]:
+    """Relative changes that are exact in millionths."""
+    names = [value.name for value in graph.values]
+    return st.fixed_dictionaries({name: st.sampled_from([0.0, 0.03125, 0.25, 0.5, 2.0]) for name in names})
+
+
+def lost(graph: LayerGraph, inside: set[str], producers: set[str], change: dict[str, float]) -> tuple[float, int]:
+    """Bytes times change, and bytes, of what `inside` receives from `producers`."""
+    taken = [v for v in graph.values if v.producer in producers and inside & set(v.consumers)]
+    return sum(v.nbytes * change[v.name] for v in taken), sum(v.nbytes for v in taken)
+
+
+def price(*lots: tuple[float, int]) -> int:
+    """One number: bytes times change in millionths, and bytes."""
+    return sum(round(1e6 * changed) + nbytes for changed, nbytes in lots)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data(), graphs(), links)
+def test_linear_prefers_what_changes_least(data: st.DataObject, graph: LayerGraph, link: Link | None) -> None:
+    costs, change = data.draw(costs_for(graph)), data.draw(changes_for(graph))
+    last = graph.names.index(graph.output)
+    count, slack = data.draw(st.integers(1, min(4, last + 1))), data.draw(st.sampled_from([0.0, 0.1, 0.5]))
+    found = linear(graph, costs, count, link, slack=slack, change=change)
+    found.check_covers(graph)
+    splits = [
+        [graph.names[a:b] for a, b in zip((0, *cut), (*cut, len(costs)))]
+        for cut in combinations(range(1, last + 1), count - 1)
+    ]
+    slowest = [max(stage_times(graph, costs, stages, link)) for stages in splits]
+    fast = [split for split, time in zip(splits, slowest) if time <= min(slowest) * (1 + slack) + 1e-9]
+
+    def loss(stages: list[tuple[str, ...]]) -> int:
+        return price(*(lost(graph, set(s), set(graph.names) - set(s), change) for s in stages))
+
+    assert list(found.stages) in fast
+    assert loss(list(found.stages)) == min(map(loss, fast))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data(), graphs(), links)
+def test_nested_prefers_what_the_estimate_loses_least_by(
+    data: st.DataObject, graph: LayerGraph, link: Link | None
+) -> None:
+    costs, change = data.draw(costs_for(graph)), data.draw(changes_for(graph))
+    slack = data.draw(st.sampled_from([0.0, 0.3]))
+    runs = inner_runs(graph)
+    slowest = {run: max(stage_times(graph, costs, split(graph, *run), link)) for run in runs}
+    tied = [run for run in runs if slowest[run] <= min(slowest.values()) * (1 + slack)]
+
+    def loss(run: tuple[int, int]) -> int:
+        inner, outer = map(set, split(graph, *run))
+        return price(lost(graph, outer, inner, change), (0, received(graph, inner, outer)))
+
+    best = min(tied, key=lambda run: (loss(run), off_centre(costs, *run), *run))
+    assert list(nested(graph, costs, link, slack=slack, change=change).stages) == split(graph, *best)
+
+
+def test_equal_change_of_everything_leaves_the_fewest_bytes() -> None:
+    """Where all that crosses flows one way, weighing by one number moves nothing."""
+    graph = graph_of(9, [(i, (i + 1,), 8 + (i * 5) % 7) for i in range(8)])
+    still = dict.fromkeys((value.name for value in graph.values), 0.25)
+    assert thin(graph, [1.0] * 9, 0.5, slack=0.5, change=still) == thin(graph, [1.0] * 9, 0.5, slack=0.5)
+
+
+def test_candidates_move_to_steady_cuts() -> None:
+    """Two cuts take equally long; the one that changes less is taken, whichever it is."""
+    graph = graph_of(5, [(i, (i + 1,), 8) for i in range(4)])
+    costs = [2.0, 1.0, 0.01, 1.0, 2.0]
+    ends = []
+    for restless in ("v1", "v2"):
+        change = {value.name: 0.5 if value.name == restless else 0.1 for value in graph.values}
+        found = {p.name: p for p in candidate_partitions(graph, costs, change=change)}
+        assert found == {p.name: p for p in candidate_partitions(graph, costs, change=change)}
+        ends.append(len(found["linear"].stages[0]))
+    assert ends == [3, 2]
+
+
 def test_two_hundred_layers_take_under_a_second() -> None:
     graph = unet_like(99)
     costs = np.random.default_rng(0).uniform(0.1, 1.0, len(graph.layers)).tolist()
@@ -174,6 +252,9 @@ def test_two_hundred_layers_take_under_a_second() -> None:
         (lambda g: linear(g, [1.0, -1.0, 1.0, 1.0]), "not negative"),
         (lambda g: linear(g, [1.0] * 4, 0), "got 0 stages"),
         (lambda g: linear(g, [1.0] * 4, 5), "at most 4"),
+        (lambda g: linear(g, [1.0] * 4, slack=-1), "got slack -1"),
+        (lambda g: nested(g, [1.0] * 4, change={"v0": 0.1}), "got the change of 1 values, none of .'v1', 'v2'."),
+        (lambda g: thin(g, [1.0] * 4, change={"v0": 0.1, "v1": -1, "v2": 0}), "got changes {'v1': -1}"),
         (lambda g: nested(g, [1.0] * 4, slack=-1), "got slack -1"),
         (lambda g: thin(g, [1.0] * 4, 1.5), "got share 1.5"),
         (lambda g: nested(graph_of(1, []), [1.0]), "2 layers or more"),

@@ -38,8 +38,19 @@ def chains(size: int, stages: int) -> Iterator[Chain]:
     yield from inside(0, size, stages - 1)
 
 
+def border_of(graph: LayerGraph, inner: set[str], change: dict[str, float] | None) -> int:
+    """What crosses the border around `inner`, in bytes; with `change`, what leaves it as `lost_across` weighs it."""
+    border = 0
+    for value in graph.values:
+        if value.producer in inner and not inner.issuperset(value.consumers):
+            border += value.nbytes + (0 if change is None else round(1e6 * value.nbytes * change[value.name]))
+        elif value.producer not in inner and not inner.isdisjoint(value.consumers):
+            border += value.nbytes
+    return border
+
+
 def brute_force(
-    graph: LayerGraph, costs: list[int], workers: list[Worker], slack: float
+    graph: LayerGraph, costs: list[int], workers: list[Worker], slack: float, change: dict[str, float] | None = None
 ) -> tuple[float, int] | None:
     """Slowest stage and bytes over the borders, as `rings` documents them."""
     names, size = graph.names, len(graph.layers)
@@ -55,12 +66,7 @@ def brute_force(
             for stage, worker in zip(sets, reversed(workers)):
                 times.append(sum(costs[layer] for layer in stage) / worker.speed)
                 fits &= worker.memory_bytes is None or sum(parameters[k] for k in stage) <= worker.memory_bytes
-            border = 0
-            for run in chain:
-                inner = set(names[slice(*run)])
-                for value in graph.values:
-                    border += value.nbytes * (value.producer in inner and not inner.issuperset(value.consumers))
-                    border += value.nbytes * (value.producer not in inner and not inner.isdisjoint(value.consumers))
+            border = sum(border_of(graph, set(names[slice(*run)]), change) for run in chain)
             if fits:
                 found.append((max(times), border))
         if found:
@@ -69,15 +75,15 @@ def brute_force(
     return None
 
 
-def judge(graph: LayerGraph, costs: list[int], workers: list[Worker], stages: tuple) -> tuple[float, int]:
+def judge(
+    graph: LayerGraph, costs: list[int], workers: list[Worker], stages: tuple, change: dict[str, float] | None = None
+) -> tuple[float, int]:
     seconds = dict(zip(graph.names, costs))
     slowest = max(sum(seconds[name] for name in stage) / w.speed for stage, w in zip(stages, workers))
     border, inner = 0, set()
     for stage in stages[:-1]:
         inner |= set(stage)
-        for v in graph.values:
-            border += v.nbytes * (v.producer in inner and not inner.issuperset(v.consumers))
-            border += v.nbytes * (v.producer not in inner and not inner.isdisjoint(v.consumers))
+        border += border_of(graph, inner, change)
     return slowest, border
 
 
@@ -91,14 +97,16 @@ def test_rings_are_optimal(
     graph = with_parameters(graph, data.draw(st.lists(st.integers(0, 9), min_size=size, max_size=size)))
     worker = st.builds(Worker, speed=st.sampled_from([0.5, 1.0, 2.0]), memory_bytes=st.none() | st.integers(5, 40))
     workers = data.draw(st.lists(worker, min_size=stages, max_size=stages)) if unequal else [Worker()] * stages
-    expected = brute_force(graph, costs, workers, slack) if stages <= size else None
+    steps = st.sampled_from([0.0, 0.03125, 0.25, 2.0])
+    change = data.draw(st.none() | st.fixed_dictionaries({value.name: steps for value in graph.values}))
+    expected = brute_force(graph, costs, workers, slack, change) if stages <= size else None
     if expected is None:
         with pytest.raises(InputError, match="rings"):
-            rings(graph, costs, stages, workers=workers, slack=slack)
+            rings(graph, costs, stages, workers=workers, slack=slack, change=change)
         return
-    found = rings(graph, costs, stages, workers=workers, slack=slack)
+    found = rings(graph, costs, stages, workers=workers, slack=slack, change=change)
     found.check_covers(graph)
-    slowest, border = judge(graph, costs, workers, found.stages)
+    slowest, border = judge(graph, costs, workers, found.stages, change)
     least, fewest = expected
     assert slowest <= least * (1 + slack) * TOLERANCE
     assert border == fewest

@@ -1,11 +1,12 @@
 import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
-from hybridiff_compiler.ir import AdaptiveSchedule, InputError, Pattern, UsageError
+from hybridiff_compiler.ir import AdaptiveSchedule, InputError, Pattern, Profile, Redundancy, UsageError
 from hybridiff_compiler.report import (
     ModelResults,
     Results,
@@ -117,6 +118,24 @@ def test_descriptions_hold_the_tables(profile, cheap_plan, exact_plan):
     assert str(cheap_plan.schedule) in text
     assert "rank 1 │" in text
     assert "branch*4" in printed(*describe_plan(exact_plan))
+
+
+def test_a_profile_says_what_its_cuts_lose(profile):
+    assert "KiB x change" not in printed(*describe_profile(profile))
+    steps = profile.num_steps - 1
+    change = {value.name: (0.02 * (1 + k % 5),) * steps for k, value in enumerate(profile.graph.values)}
+    text = printed(*describe_profile(profile.model_copy(update={"redundancy": Redundancy(change=change)})))
+    assert "stale KiB x change" in text
+    # With the change of every value known, a split that bytes alone would choose stands beside those of the profile.
+    names = profile.graph.names
+    first = profile.partitions[0].model_copy(update={"stages": (names[:1], names[1:])})
+    others = (first, *profile.partitions[1:])
+    text = printed(*describe_profile(profile.model_copy(update={
+        "redundancy": Redundancy(change=change), "partitions": others,
+    })))
+    assert "linear, by bytes alone" in text
+    shipped = Profile.load(Path(__file__).parents[2] / "profiles" / "cpu" / "unet.json")  # has measured errors
+    assert "the one that loses less was measured to err less in" in printed(*describe_profile(shipped))
 
 
 def test_image_grid():
