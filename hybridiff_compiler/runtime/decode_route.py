@@ -18,16 +18,21 @@ from ..capture.bands import band_program
 from ..capture.decoder import capture_decoder, decode_parameters
 from ..capture.rows import split_rows
 from ..ir import InputError, Plan, UsageError
-from .decode_ranks import DecodeCall, decode_dtype, decoder_to_share
+from .decode_ranks import DecodeCall, DecodeRank, decode_dtype, decoder_to_share
 from .intercept import find_denoiser
 
-__all__ = ["MODES", "DecodeMode", "Decoding", "choose_decoding", "faster", "routed"]
+__all__ = [
+    "DECODE_BACKEND", "MODES", "DecodeMode", "Decoding", "choose_decoding", "decode_parts", "faster", "routed",
+]
 
 DecodeMode = Literal["auto", "pipeline", "driver", "rows"]
 MODES: tuple[DecodeMode, ...] = ("auto", "pipeline", "driver", "rows")
 """Who decodes images: the pipeline as it comes; rank 0 by one captured graph; all ranks, a band of rows each; or, on
 GPUs, whichever of the last two is faster when measured (on CPUs the pipeline, as compiling gains little there and ranks
 share the processor)."""
+DECODE_BACKEND = "eager"
+"""Of decoders: an image is decoded once per generation, so graphs that are ready in seconds are worth more than fused
+ones that take minutes to compile. On GPUs they are replayed as CUDA graphs."""
 _TIMED = 3
 
 
@@ -100,6 +105,28 @@ def _examine(pipe: Any, plan: Plan, mode: DecodeMode, device: torch.device) -> D
             chosen = "driver"
     shares = next(vae.parameters()).dtype == dtype
     return Decoding(chosen, vae, decoder_to_share(vae, call.shape, dtype), call, names, shares)
+
+
+def decode_parts(
+    decoding: Decoding | None, ranks: int, device: torch.device, report: Callable[[str, int, int], None]
+) -> dict[str, DecodeRank]:
+    """Rank 0's part of every way to decode that may be used, ready to run; none where the pipeline decodes.
+
+    Args:
+        decoding: what is to be built.
+        ranks: of the plan.
+        device: rank 0's.
+        report: called with (what, done, total).
+    """
+    parts: dict[str, DecodeRank] = {}
+    if decoding is not None:
+        worlds = {"driver": 1, "rows": ranks}
+        for way in worlds if decoding.mode == "auto" else [decoding.mode]:
+            parts[way] = part = DecodeRank(
+                decoding.decoder, decoding.call, rank=0, ranks=worlds[way], device=device, backend=DECODE_BACKEND,
+            )
+            part.prepare(lambda done, total: report("building graphs of the decoder", done, total))
+    return parts
 
 
 def faster(ways: Mapping[str, Callable[[Tensor], Tensor]], latents: Tensor) -> tuple[str, dict[str, float]]:

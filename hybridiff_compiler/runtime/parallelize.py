@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import warnings
 import weakref
@@ -15,37 +14,29 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from ..ir import InputError, Plan, PlanMismatchError, UsageError
+from ..ir import Plan, PlanMismatchError, UsageError
+from .assignment import assign_devices, threads_per_rank
 from .building import RankBuild
-from .connect import connect
 from .decode_ranks import DecodeRank
-from .decode_route import DecodeMode, choose_decoding, faster, routed
+from .decode_route import DecodeMode, choose_decoding, decode_parts, faster, routed
 from .driver import Driver
-from .executor import RankExecutors, graphs_for
-from .handover import pack_skeleton, raw_bytes
+from .executor import RankExecutors
 from .intercept import find_denoiser, intercept, is_intercepted
-from .nccl import ENVIRONMENT, NcclTransport
-from .processes import HELD, JOINED, READY, Pool, WorkerPool, open_store
-from .segments import is_bundle
+from .nccl import NcclTransport
+from .processes import HELD, READY, Pool
 from .settings import NumericSettings
-from .stage_weights import closed_forward, held_bytes, held_numbers, only_held, send_held
-from .torchrun import TorchrunPool, is_one_host, neighbour_count, own_device, own_rank, rendezvous, serve_rank
-from .transport import PeerError, Transport
+from .stage_weights import held_bytes
+from .starting import START_TIMEOUT_S, Order, start_workers
+from .torchrun import own_rank, serve_rank
+from .transport import Transport
 from .watch import DeviceWatch
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
 
-__all__ = ["ParallelPipeline", "parallelize"]
-
-_DECODE_BACKEND = "eager"
-"""Of decoders: an image is decoded once per generation, so graphs that are ready in seconds are worth more than fused
-ones that take minutes to compile. On GPUs they are replayed as CUDA graphs."""
-_START_TIMEOUT_S = 600.0
-"""Longest time for a worker to import, take the weights and build its graphs; a dead one is noticed at once."""
+__all__ = ["ParallelPipeline", "assign_devices", "parallelize"]
 
 
 def parallelize(
@@ -111,7 +102,7 @@ class ParallelPipeline:
     ) -> None:
         if timeout_s <= 0:
             raise UsageError(f"timeout_s must be positive, got {timeout_s}")
-        threads = _threads_per_rank(plan.world_size) if threads is None else threads
+        threads = threads_per_rank(plan.world_size) if threads is None else threads
         if threads < 1:
             raise UsageError(f"threads must be at least 1, got {threads}")
         if not batch_sizes or min(batch_sizes) < 1:
@@ -244,73 +235,35 @@ class ParallelPipeline:
         settings = NumericSettings.current()
         self._resources.callback(settings.apply)
         torch.set_num_threads(threads)
-        plan = self.plan
-        # A bundle is looked at first, since that takes no time; a capture while the workers import what they need.
-        captured = graphs_for(plan, denoiser, backend) if is_bundle(backend) or plan.world_size == 1 else None
-        neighbours = 1
-        if plan.world_size > 1:
-            shared = self._decoding if self._decoding is not None and self._decoding.on_all_ranks else None
-            skeleton, tensors = pack_skeleton(
-                denoiser if shared is None else nn.ModuleList([denoiser, shared.decoder])
-            )
-            if own_rank() is not None:
-                store = rendezvous(plan)
-                self._pool = TorchrunPool(store, plan.world_size)
-                neighbours = neighbour_count()
-                address: dict[str, Any] = {"one_host": is_one_host(), "neighbours": neighbours}
-            else:
-                served = store = open_store()
-                environment = ENVIRONMENT if self._devices[0].type == "cuda" else {}
-                self._pool = WorkerPool(plan.world_size, store, threads=threads, environment=environment)
-                neighbours = plan.world_size
-                address = {"one_host": True, "neighbours": neighbours, "host": "127.0.0.1", "port": served.port}
-            self._resources.callback(self._pool.close)
-            captured = captured or graphs_for(plan, denoiser, backend)
-            held = None
-            if plan.weights == "stages":
-                everywhere = [] if shared is None else [*shared.decoder.parameters(), *shared.decoder.buffers()]
-                held = held_numbers(plan, denoiser, captured, tensors, everywhere)
-            self._hand_over(store, address, skeleton, tensors, timeout_s, backend, held)
-            if held is not None:
-                moves = next(denoiser.parameters()).device != self._devices[0]
-                self._resources.enter_context(only_held(tensors, held[0], self._devices[0]))
-                self._resources.enter_context(closed_forward(denoiser))
-                captured = graphs_for(plan, denoiser, backend) if moves else captured
-        assert captured is not None
-        executors = RankExecutors(plan, denoiser, captured, rank=0, transport=self._transport, backend=backend)
+        plan, device = self.plan, self._devices[0]
+        started = start_workers(
+            Order(
+                plan=plan, denoiser=denoiser, devices=self._devices, batch_sizes=self._batch_sizes, backend=backend,
+                threads=threads, timeout_s=timeout_s, decoding=self._decoding,
+            ),
+            self._resources,
+        )
+        pool, transport = self._pool, self._transport = started.pool, started.transport
+        executors = RankExecutors(plan, denoiser, started.captured, rank=0, transport=transport, backend=backend)
         report = on_progress or (lambda what, done, total: None)
         building = RankBuild(
-            plan, denoiser, executors, self._batch_sizes, rank=0, backend=backend, neighbours=neighbours
+            plan, denoiser, executors, self._batch_sizes, rank=0, backend=backend, neighbours=started.neighbours
         )
         helpers = f" in {building.helpers + 1} processes" if building.helpers else ""
         building.run(lambda done, total: report(f"building stage graphs{helpers}", done, total))
-        parts = self._decode_parts(report)
-        if self._pool is not None:
-            self._pool.wait_for(READY, timeout_s=_START_TIMEOUT_S)
+        parts = decode_parts(self._decoding, plan.world_size, device, report)
         watch = None
-        if self._pool is not None and isinstance(self._transport, NcclTransport):
-            watch = DeviceWatch(self._pool, self._transport, self._devices[0])
-            self._resources.callback(watch.close)
+        if pool is not None:
+            pool.wait_for(READY, timeout_s=START_TIMEOUT_S)
+            if isinstance(transport, NcclTransport):
+                watch = DeviceWatch(pool, transport, device)
+                self._resources.callback(watch.close)
         self._driver = Driver(
-            self.plan, denoiser, executors, transport=self._transport, pool=self._pool, close=self._finalizer,
-            watch=watch,
+            plan, denoiser, executors, transport=transport, pool=pool, close=self._finalizer, watch=watch,
         )
         settle = None if watch is None else self._driver.settle
         self._resources.enter_context(intercept(pipe, self._driver, settle=settle))
         self._route_decodes(parts)
-
-    def _decode_parts(self, report: Callable[[str, int, int], None]) -> dict[str, DecodeRank]:
-        """Rank 0's part of every way to decode that may be used, ready to run."""
-        decoding, parts = self._decoding, {}
-        if decoding is not None:
-            worlds = {"driver": 1, "rows": self.plan.world_size}
-            for way in worlds if decoding.mode == "auto" else [decoding.mode]:
-                parts[way] = part = DecodeRank(
-                    decoding.decoder, decoding.call, rank=0, ranks=worlds[way], device=self._devices[0],
-                    backend=_DECODE_BACKEND,
-                )
-                part.prepare(lambda done, total: report("building graphs of the decoder", done, total))
-        return parts
 
     def _route_decodes(self, parts: Mapping[str, DecodeRank]) -> None:
         decoding, driver = self._decoding, self._driver
@@ -324,83 +277,3 @@ class ParallelPipeline:
             way, self._decode_seconds = faster(ways, latents)
         self._decoded_by = way
         self._resources.enter_context(routed(decoding, ways[way], lambda: driver.is_bypassed))
-
-    def _hand_over(
-        self, store: dist.Store, address: dict[str, Any], skeleton: bytes, tensors: list[Tensor], timeout_s: float,
-        backend: str, held: list[list[int]] | None,
-    ) -> None:
-        """Give the workers plan and denoiser, and connect to them."""
-        plan, pool = self.plan, self._pool
-        assert pool is not None
-        start = {
-            "plan": plan.model_dump_json(), "backend": backend,
-            "settings": NumericSettings.current().to_json(), "devices": [str(device) for device in self._devices],
-            "batch_sizes": self._batch_sizes, "decode_backend": _DECODE_BACKEND,
-            "held": held, "decode": None if self._decoding is None else self._decoding.call.to_json(),
-        } | address
-        for rank in range(1, plan.world_size):
-            pool.send_frame(rank, json.dumps(start).encode())
-            pool.send_frame(rank, skeleton)
-        pool.wait_for(JOINED, timeout_s=_START_TIMEOUT_S)
-        try:
-            transport = self._transport = connect(
-                store, 0, plan.world_size, timeout_s=timeout_s, device=self._devices[0], one_host=address["one_host"],
-            )
-            self._resources.callback(transport.close)
-            if held is None:
-                transport.broadcast([raw_bytes(tensor) for tensor in tensors if tensor.numel()])
-            else:
-                send_held(transport, tensors, held)
-        except (PeerError, RuntimeError) as error:
-            raise pool.failure("starting", suspect=getattr(error, "peer", None)) from error
-
-
-def _threads_per_rank(world_size: int) -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return max(1, len(os.sched_getaffinity(0)) // world_size)
-    return max(1, (os.cpu_count() or 1) // world_size)
-
-
-def assign_devices(
-    plan: Plan, denoiser: nn.Module, devices: Sequence[str | torch.device] | None
-) -> list[torch.device]:
-    """The device of every rank; also checks what can be told before any work.
-
-    Raises:
-        PlanMismatchError, UsageError, InputError: see `parallelize`.
-    """
-    name = type(denoiser).__name__
-    if plan.model.denoiser != name:
-        raise PlanMismatchError(
-            f"the plan was made for a {plan.model.denoiser} ({plan.model.name}), this pipeline has a {name}; "
-            "profile this model and plan again"
-        )
-    planned = [spec.device for spec in plan.ranks]
-    kinds = planned if devices is None else [torch.device(device).type for device in devices]
-    if kinds != planned:
-        raise PlanMismatchError(f"the plan is for {len(planned)} ranks on {planned}, got devices {kinds}")
-    if len(set(planned)) > 1:
-        raise UsageError(f"ranks on {sorted(set(planned))}: all ranks of a plan must be on one kind of device")
-    own = next(denoiser.parameters()).device
-    if planned[0] == "cpu":
-        assigned = [torch.device("cpu")] * len(planned)
-    elif own_rank() is not None and len(planned) > 1:
-        assigned = [own_device("cuda")] * len(planned)  # every rank knows its own; the others may be on other hosts
-    else:
-        count = torch.cuda.device_count()
-        if count < len(planned):
-            raise UsageError(f"the plan is for {len(planned)} GPUs, this machine has {count} that torch can use")
-        first = own.index if own.type == "cuda" and own.index is not None else 0
-        order = [first, *(index for index in range(count) if index != first)]
-        assigned = [torch.device("cuda", index) for index in order[:len(planned)]]
-        if devices is not None:
-            indices = [torch.device(device).index for device in devices]
-            assigned = [d if i is None else torch.device("cuda", i) for d, i in zip(assigned, indices)]
-        if len(set(assigned)) < len(assigned):
-            raise UsageError(f"every rank needs a GPU of its own, got {[str(device) for device in assigned]}")
-    waiting = plan.weights == "stages" and own.type == "cpu"  # its own stages are moved there
-    if not waiting and (own.type != planned[0] or (own.type == "cuda" and own != assigned[0])):
-        raise InputError(
-            f"the denoiser is on {own}, rank 0 of the plan on {assigned[0]}; move it with pipe.to({str(assigned[0])!r})"
-        )
-    return assigned
