@@ -158,9 +158,9 @@ class Replay:
 
 
 class _Once:
-    """The hoisted part of a graph, recorded apart, with its latest results for two sets of arguments.
+    """The hoisted part of a graph, recorded apart; its results stay in memory of their own.
 
-    Two, because one graph may serve both branches in turn.
+    One graph may serve both branches in turn. When that is noticed, the results for two sets of arguments are kept.
     """
 
     def __init__(self, call: Hoisted, inputs: Sequence[Tensor], recorder: Recorder) -> None:
@@ -168,30 +168,34 @@ class _Once:
         self._order = call.positions
         self._replay, self._outputs = recorder(call.once, [inputs[index] for index in call.positions])
         with torch.inference_mode(False), torch.no_grad():
-            self.results, *self._kept = [[output.clone() for output in self._outputs] for _ in range(1 + _SETS)]
+            self.results = [output.clone() for output in self._outputs]
+        self._kept: list[list[Tensor]] = []
         self._known: dict[int, tuple[Sequence[object], Sequence[Tensor]]] = {}
-        self._next = 0
+        self._computed = 0
 
     def __call__(self, arguments: Sequence[Tensor]) -> None:
         """Put what belongs to `arguments`, which are in the graph's inputs by now, into `results`."""
         taken = [arguments[index] for index in self._order]
         keys = [memory_key(argument) for argument in taken]
         slot = next((slot for slot, (known, _) in self._known.items() if known == keys), None)
-        if slot is None or None in keys:
-            self._replay()
-            slot, self._next = self._next, (self._next + 1) % _SETS
+        if slot is not None and None not in keys:
+            torch._foreach_copy_(self.results, self._kept[slot])
+            return
+        self._replay()
+        torch._foreach_copy_(self.results, list(self._outputs))
+        if self._computed:
+            slot = (self._computed - 1) % _SETS
+            if slot == len(self._kept):
+                with torch.inference_mode(False):
+                    self._kept.append([torch.empty_like(result) for result in self.results])
+            torch._foreach_copy_(self._kept[slot], self.results)
             self._known[slot] = keys, taken  # held on to, so that their memory is not handed out again
-            _copy(self._outputs, self._kept[slot])
-        _copy(self._kept[slot], self.results)
+        self._computed += 1
 
     def forget(self) -> None:
         """Compute everything anew."""
         self._known.clear()
-
-
-def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-    for source, target in zip(sources, targets):
-        target.copy_(source)
+        self._computed = 0
 
 
 def memory_key(tensor: Tensor) -> Sequence[object] | None:

@@ -17,6 +17,7 @@ from .decode_ranks import DecodeRank
 from .estimates import EstimateMemory
 from .executor import RankExecutors
 from .intercept import GuidedCall
+from .live_weights import LiveWeights
 from .memory import peak_bytes
 from .orders import DECODING, MAX_MISSED, REPORTING, TIMING, TRACING, Order, OrderOutbox
 from .processes import REPORTED, RESIZED, TIMED, TRACED, Pool
@@ -65,9 +66,7 @@ class Driver:
         self._denoiser, self._executors, self._transport, self._pool = denoiser, executors, transport, pool
         self._executor, self._images = executors.at(1), 1
         self._close, self._watch = close, watch
-        self._weights = _weights_key(denoiser)
-        self._tensors = _tensors(denoiser)
-        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+        self._weights = LiveWeights(denoiser)
         self._schedule = ScheduleState(plan.schedule)
         self._estimates = EstimateMemory()
         self._outbox = None if transport is None else OrderOutbox(transport, plan.model.signature)
@@ -155,7 +154,7 @@ class Driver:
         if images is None:
             mismatch = self.plan.model.signature.mismatch(signature)
             return self._uncovered(f"the plan does not cover this call ({mismatch})")
-        if [tensor.data_ptr() for tensor in self._tensors] != self._addresses:
+        if self._weights.have_moved():
             return self._uncovered(_CHANGED)
         if images != self._images and not self._resize(images):
             return False
@@ -260,7 +259,7 @@ class Driver:
                 self._fail(error, f"step {call.step} ({name})")
         if self._unchecked:
             self._unchecked = False
-            if _weights_key(self._denoiser) != self._weights:
+            if self._weights.have_changed():
                 self.executed.clear()
                 self._uncovered(_CHANGED)
                 return None
@@ -358,13 +357,3 @@ class Driver:
         if message not in self._said:
             self._said.add(message)
             warnings.warn(f"hybridiff: {message}", stacklevel=2)
-
-
-def _tensors(denoiser: nn.Module) -> list[Tensor]:
-    return [*denoiser.parameters(), *denoiser.buffers()]
-
-
-def _weights_key(denoiser: nn.Module) -> tuple[object, ...]:
-    """Changes when a parameter, buffer or submodule is replaced or edited in place (LoRA, offloading, `load`)."""
-    versions = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in _tensors(denoiser))
-    return versions, tuple(id(module) for module in denoiser.modules())

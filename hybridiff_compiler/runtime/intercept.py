@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -259,6 +259,7 @@ class _Watcher:
             range(len(timesteps)),
             key=lambda i: (min(_distance(timesteps[i], first), _distance(timesteps[i] / trained, first)), i),
         )
+        _tell_first_step(self._scheduler, timesteps, start)
         return len(timesteps) - start
 
     def _wrap(self, estimate: Tensor, kwargs: Mapping[str, Any]) -> Any:
@@ -272,6 +273,17 @@ class _Watcher:
         if message not in self._said:
             self._said.add(message)
             warnings.warn(f"hybridiff: {message}", stacklevel=2)
+
+
+def _tell_first_step(scheduler: Any, timesteps: Sequence[float], start: int) -> None:
+    """Spare a scheduler looking for its first timestep on the device, for which the host would wait.
+
+    It would do so after the first step has been queued. A scheduler that knows already, that has no such method, or
+    whose timesteps are not distinct (which makes it choose among them) is left alone.
+    """
+    unknown = getattr(scheduler, "step_index", 0) is None and getattr(scheduler, "begin_index", 0) is None
+    if unknown and hasattr(scheduler, "set_begin_index") and len(set(timesteps)) == len(timesteps):
+        scheduler.set_begin_index(start)
 
 
 def _distance(one: float, other: float) -> float:

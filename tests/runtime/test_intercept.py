@@ -1,11 +1,12 @@
 """Recognising generations, steps and guidance from the calls alone."""
 
+import diffusers
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
 from hybridiff_compiler.ir import InputError
-from hybridiff_compiler.runtime.intercept import find_denoiser, intercept
+from hybridiff_compiler.runtime.intercept import _tell_first_step, find_denoiser, intercept
 
 
 class Log:
@@ -99,3 +100,47 @@ def test_denoiser_is_found_by_its_forward(bench):
 
     with pytest.raises(InputError, match="0 components"):
         find_denoiser(NoDenoiser())
+
+
+@pytest.mark.parametrize("name", [
+    "EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "HeunDiscreteScheduler", "UniPCMultistepScheduler",
+    "DDIMScheduler", "LMSDiscreteScheduler",
+])
+def test_schedulers_take_the_steps_that_they_would_find(bench, name):
+    """A scheduler is told where a generation begins; it must go through the same steps as without."""
+    known = bench.pipe.scheduler
+    found = []
+
+    class Looking(Log):
+        def start(self, num_steps, signature):
+            scheduler = bench.pipe.scheduler
+            found.append(getattr(scheduler, "begin_index", None))
+            return super().start(num_steps, signature)
+
+    try:
+        bench.pipe.scheduler = getattr(diffusers, name).from_config(known.config)
+        expected = [bench.image(steps=4) for _ in range(2)]
+        with intercept(bench.pipe, Looking(covered=False)):
+            assert all(torch.equal(bench.image(steps=4), image) for image in expected)
+    finally:
+        bench.pipe.scheduler = known
+    ambiguous = name == "HeunDiscreteScheduler" and bench.name == "mmdit"  # the pipeline of the other tells it itself
+    assert found == [None if ambiguous or name == "DDIMScheduler" else 0] * 2
+
+
+def test_a_generation_may_begin_at_a_later_step():
+    scheduler = DPMSolverMultistepScheduler()
+    samples = []
+    for told in (False, True):
+        scheduler.set_timesteps(6)
+        if told:
+            _tell_first_step(scheduler, [float(t) for t in scheduler.timesteps], 2)
+            assert scheduler.begin_index == 2
+        sample = torch.ones(1, 4, 2, 2)
+        for t in scheduler.timesteps[2:]:
+            sample = scheduler.step(sample * 0.3, t, sample).prev_sample
+        samples.append(sample)
+    assert torch.equal(*samples)
+    scheduler.set_timesteps(6)
+    _tell_first_step(scheduler, [5.0, 5.0, 1.0], 0)
+    assert scheduler.begin_index is None, "timesteps that are not distinct"
