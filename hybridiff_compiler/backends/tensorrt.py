@@ -24,6 +24,7 @@ from .onnx_file import export_onnx, missing_exporter
 from .onnx_weights import OnnxWeights
 from .stage_io import StageInterface, TensorSpec, example_arguments, stage_inputs, stage_outputs
 from .target import Target, cuda_arch
+from .tensorrt_run import collecting_logger
 
 __all__ = ["CURRENT", "RTX_ARCHITECTURES", "TensorRt", "TensorRtRtx", "build_engine", "load_library"]
 
@@ -171,7 +172,7 @@ def build_engine(
     Raises:
         InputError: the network cannot be parsed or built, or has other bindings.
     """
-    logger, errors = _collecting_logger(trt)
+    logger, errors = collecting_logger(trt)
     builder = trt.Builder(logger)
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(flags)
@@ -207,21 +208,6 @@ def _check_bindings(trt: Any, network: Any, inputs: tuple[TensorSpec, ...], outp
 def _trt_dtype(trt: Any, name: str) -> Any:
     short = {"float16": "HALF", "float32": "FLOAT", "bfloat16": "BF16"}
     return getattr(trt.DataType, short.get(name, name.upper()))
-
-
-def _collecting_logger(trt: Any) -> tuple[Any, list[str]]:
-    """A logger that keeps errors for the exception and drops the rest."""
-    errors: list[str] = []
-
-    class Collecting(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                errors.append(message)
-
-    return Collecting(), errors
 
 
 def _engine_by_torch_tensorrt(stage: StageGraph) -> bytes:

@@ -1,7 +1,7 @@
 """Running TensorRT engines: bindings on static buffers, execution on the present CUDA stream.
 
-Never run so far: no GPU that the engines at hand were built for could be reached. What can be told without one is
-tested against a stand-in for the library.
+No engine has been run so far: TensorRT for RTX supports none of the GPUs that could be reached (H100, H200). What can
+be told without one is tested against a stand-in for the library.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..ir import InputError, PlanMismatchError
 from .stage_io import TensorSpec, fit_arguments
 
-__all__ = ["EngineStage"]
+__all__ = ["EngineStage", "collecting_logger"]
 
 
 class EngineStage:
@@ -49,12 +49,14 @@ class EngineStage:
         self, trt: Any, engine: bytes, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...],
         by_position: bool,
     ) -> None:
-        self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        self._logger, errors = collecting_logger(trt)
+        self._runtime = trt.Runtime(self._logger)
         self._engine = self._runtime.deserialize_cuda_engine(engine)
         if self._engine is None:
+            reason = f" ({errors[-1].strip()})" if errors else ""
             raise PlanMismatchError(
-                f"{trt.__name__} {trt.__version__} does not accept the engine on this GPU; run `hybridiff compile` "
-                "again for it"
+                f"{trt.__name__} {trt.__version__} does not accept the engine on this GPU{reason}; run `hybridiff "
+                "compile` again for it, or use --backend aotinductor"
             )
         self._inputs, self._outputs = inputs, outputs
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
@@ -117,3 +119,18 @@ def _match(names: list[str], specs: Sequence[TensorSpec], by_position: bool, kin
     if by_position and len(names) == len(wanted):
         return names
     raise InputError(f"the engine's {kind} are {names}, the stage needs {wanted}; compile the bundle again")
+
+
+def collecting_logger(trt: Any) -> tuple[Any, list[str]]:
+    """A logger that keeps errors for the exception and drops the rest."""
+    errors: list[str] = []
+
+    class Collecting(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                errors.append(message)
+
+    return Collecting(), errors

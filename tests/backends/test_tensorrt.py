@@ -139,17 +139,20 @@ class Library:
     __name__, __version__ = "stand-in", "0"
     TensorIOMode = SimpleNamespace(INPUT=0, OUTPUT=1)
 
-    class Logger:
+    class ILogger:
         ERROR = 1
-
-        def __init__(self, severity):
-            pass
 
     def __init__(self, specs, gives, accepts=True):
         self.specs, self.gives, self.accepts, self.addresses = specs, gives, accepts, {}
 
     def Runtime(self, logger):
-        return SimpleNamespace(deserialize_cuda_engine=lambda data: self if self.accepts else None)
+        def load(data):
+            logger.log(2, "a warning")
+            if not self.accepts:
+                logger.log(1, "compute capability 9.0 is not supported")
+            return self if self.accepts else None
+
+        return SimpleNamespace(deserialize_cuda_engine=load)
 
     @property
     def num_io_tensors(self):
@@ -195,7 +198,7 @@ def test_the_executor_binds_static_buffers(small_stages, arguments):
 def test_the_executor_refuses_other_engines(small_stages):
     inputs, outputs = bindings(small_stages[1])
     gives = {spec.name for spec in outputs}
-    with pytest.raises(PlanMismatchError, match="does not accept the engine"):
+    with pytest.raises(PlanMismatchError, match=r"does not accept .* \(compute capability 9.0 is not supported\)"):
         EngineStage(Library([], gives, accepts=False), b"", inputs, outputs, device="cpu")
     with pytest.raises(InputError, match="the engine's inputs are"):
         EngineStage(Library([*inputs[1:], *outputs], gives), b"", inputs, outputs, device="cpu")
