@@ -39,6 +39,9 @@ def profile(
 ) -> Profile:
     """Measure a pipeline once: layer and stage times, discrepancy curves, and the image error of every cheap pattern.
 
+    Of partitions that are about as fast, those are measured whose values change least from step to step; that is found
+    out first, in generations of two prompts.
+
     Args:
         pipe: a diffusers pipeline on the device that will run it; it is not changed.
         prompts: calibration prompts; prompt k is generated from `seed + k`. A dozen or more for a profile to trust.

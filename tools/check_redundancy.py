@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +33,7 @@ def main(
     model: Annotated[str, typer.Argument(help="The model that it is about, e.g. bundled:unet.")],
     slack: Annotated[float, typer.Option(min=0, help="How much slower than the best balance a cut may be.")] = 0.05,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts whose errors are measured.")] = 2,
+    surveys: Annotated[int, typer.Option(min=2, help="Prompts whose changes are surveyed, each by itself.")] = 12,
     stride: Annotated[int, typer.Option(min=1, help="Every so many steps are measured.")] = 6,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.")] = None,
@@ -42,7 +45,7 @@ def main(
     from hybridiff_compiler.cli.models import load_model
     from hybridiff_compiler.profiler import Generation
     from hybridiff_compiler.profiler.partial import Partial
-    from hybridiff_compiler.profiler.redundancy import survey_redundancy
+    from hybridiff_compiler.profiler.redundancy import SURVEYED_PROMPTS, survey_redundancy
     from hybridiff_compiler.runtime.intercept import find_denoiser
     from hybridiff_compiler.runtime.segments import SegmentRunner
 
@@ -56,11 +59,19 @@ def main(
     captured = SegmentRunner(denoiser, known.model.signature, (), ()).captured(1)
     several = [
         survey_redundancy(captured, generation, [prompt], Partial(None, {})).mean
-        for prompt in loaded.profiling_prompts[:2]
+        for prompt in loaded.profiling_prompts[:surveys]
     ]
-    change = {name: statistics.fmean(each[name] for each in several) for name in several[0]}
-    alike = float(spearmanr(*([each[name] for name in change] for each in several)).statistic)
-    print(f"{len(change)} values; two prompts rank their changes alike to {alike:.2f} (rank correlation)", flush=True)
+    change = {name: statistics.fmean(each[name] for each in several[:SURVEYED_PROMPTS]) for name in several[0]}
+    alike = statistics.median(
+        float(spearmanr([one[name] for name in change], [other[name] for name in change]).statistic)
+        for one, other in combinations(several, 2)
+    )
+    spread = statistics.median(
+        statistics.pstdev(values) / statistics.fmean(values)
+        for values in ([each[name] for each in several] for name in change) if any(values)
+    )
+    print(f"{len(change)} values, {len(several)} prompts: changes differ by {spread:.0%} between them (standard "
+          f"deviation, median value); two rank the values alike to {alike:.2f} (median)", flush=True)
 
     cuts, straight = nested_cuts(known, slack), linear_cuts(known, slack)
     rows = judged(known, generation, loaded.profiling_prompts[:prompts], [*cuts, *straight], change, stride)
@@ -83,11 +94,19 @@ def main(
         row = next(of_cut[each.name] for each in cuts if each.stages == cut.stages)
         chosen[label] = row
         print(f"chosen, {label}: {row['cut']}, error {row['error_db']:.2f} dB, slower stage {row['slower']:.1%}")
+    alone = Counter(
+        next(cut.name for cut in cuts if cut.stages == nested(known.graph, seconds, slack=slack, change=each).stages)
+        for each in several
+    )
+    print("least lost by the changes of one prompt: " + ", ".join(
+        f"{cut} {count} times ({of_cut[cut]['error_db']:.2f} dB)" for cut, count in alone.most_common()
+    ))
     if output is not None:
         output.write_text(json.dumps({
             "schema": 1, "kind": "redundancy-check", "model": model, "profile_sha256": known.digest(), "slack": slack,
-            "prompts": prompts, "surveys_alike": alike, "linear_std_db": line, "correlations": correlations,
-            "chosen": chosen, "cuts": rows,
+            "prompts": prompts, "surveys": surveys, "surveys_alike": alike,
+            "change_spread": spread, "chosen_by_one_prompt": dict(alone), "linear_std_db": line,
+            "correlations": correlations, "chosen": chosen, "cuts": rows,
         }, indent=1) + "\n")
 
 

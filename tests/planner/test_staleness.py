@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
 import pytest
 
 from hybridiff_compiler.ir import Partition, Pattern, Redundancy
+from hybridiff_compiler.planner import linear, nested
 from hybridiff_compiler.planner.staleness import StaleTable, lost_bytes, rank_errors, stale_tables, stale_values
 
 from .graphs import graph_of
@@ -52,3 +56,17 @@ def test_only_distinct_pairs_of_a_family_count() -> None:
     # a-b and a-c agree; b-c and each with the steadier fourth do not; c and the fourth lose equally much.
     assert (found.pairs, found.agreeing) == (5, 2)
     assert rank_errors([a, table("pipe", 5, -70.05)]).pairs == 0
+
+
+def test_the_check_looks_at_every_cut_the_partitioner_may_take() -> None:
+    tool = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "check_redundancy.py"))
+    profile = make_profile(num_steps=4)
+    seconds, names = profile.costs.layers[1], profile.graph.names
+    for k in range(3):
+        change = {value.name: 0.01 * (1 + (k + n) % 3) for n, value in enumerate(profile.graph.values)}
+        cut = nested(profile.graph, seconds, slack=0.05, change=change)
+        assert cut.stages in {each.stages for each in tool["nested_cuts"](profile, 0.05)}
+    assert linear(profile.graph, seconds).stages in {each.stages for each in tool["linear_cuts"](profile, 0.05)}
+    cuts = tool["nested_cuts"](profile, 0.05)
+    slower = [max(sum(seconds[names.index(name)] for name in stage) for stage in cut.stages) for cut in cuts]
+    assert max(slower) <= 1.05 * min(slower)
