@@ -18,7 +18,7 @@ from ..runtime.intercept import GuidedCall
 from .generate import Generation
 from .partial import Partial
 
-__all__ = ["SURVEYED_PROMPTS", "survey_redundancy"]
+__all__ = ["SURVEYED_PROMPTS", "sampled", "survey_redundancy"]
 
 SURVEYED_PROMPTS = 2
 """Prompts that the survey generates. How much a layer's output moves in a step is a matter of the layer and the noise
@@ -125,6 +125,13 @@ class _Watch(fx.Interpreter):
     def run_node(self, n: fx.Node) -> object:
         """See `fx.Interpreter.run_node`."""
         result = super().run_node(n)
-        if n.name in self._wanted and isinstance(result, Tensor):
-            self.values[n.name] = result.flatten()[:: -(-result.numel() // _SAMPLE)].float().clone()
+        if n.name in self._wanted and isinstance(result, Tensor) and result.numel():
+            self.values[n.name] = sampled(result)
         return result
+
+
+def sampled(value: Tensor) -> Tensor:
+    """Evenly spread elements of `value`, in fp32: real and imaginary parts, and 0 for what is not finite (masks)."""
+    real = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
+    part = real.flatten()[:: -(-real.numel() // _SAMPLE)].float()
+    return torch.nan_to_num(part, nan=0.0, posinf=0.0, neginf=0.0)

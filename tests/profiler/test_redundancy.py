@@ -5,7 +5,7 @@ import torch
 
 from hybridiff_compiler.profiler.partial import Partial
 from hybridiff_compiler.profiler.record import Recorder, options_of
-from hybridiff_compiler.profiler.redundancy import survey_redundancy
+from hybridiff_compiler.profiler.redundancy import sampled, survey_redundancy
 from hybridiff_compiler.runtime.segments import SegmentRunner
 
 STEPS = 4
@@ -45,3 +45,16 @@ def test_every_value_is_surveyed_and_as_recorded(bench, tmp_path):
         on_step=lambda done, total: pytest.fail("it was kept"),
     )
     assert again == found
+
+
+def test_what_is_no_plain_number_is_compared_too():
+    assert sampled(torch.tensor([True, False])).tolist() == [1.0, 0.0]
+    assert sampled(torch.tensor([1 + 2j])).tolist() == [1.0, 2.0]
+    assert sampled(torch.tensor([-torch.inf, torch.nan, 3.0], dtype=torch.float16)).tolist() == [0.0, 0.0, 3.0]
+    assert sampled(torch.tensor(7, dtype=torch.int64)).tolist() == [7.0]
+    many = sampled(torch.arange(200_000, dtype=torch.float32).reshape(2, 100_000))
+    assert many[:3].tolist() == [0.0, 4.0, 8.0]
+    kept = torch.zeros(3)
+    taken = sampled(kept)
+    kept += 1  # a value that is overwritten later
+    assert taken.tolist() == [0.0, 0.0, 0.0]
