@@ -26,6 +26,8 @@ _ALIGNMENT = 16
 _LEAST_ROWS = 16
 """Of a weight; merging smaller ones saves nothing."""
 _LINEAR = torch.ops.aten.linear.default
+_MOVED = "_hybridiff_joined"
+"""Attribute of parameters that were moved next to others here, and so may be moved again."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ def merge_linears(stage: StageGraph) -> Merged:
 def join_parameters(parameters: Sequence[Tensor]) -> Tensor:
     """One tensor that holds `parameters` one after the other along dimension 0, in shared memory.
 
-    Parameters that lie in memory like that already are left alone; otherwise they are moved there.
+    Parameters that lie in memory like that already are left alone; otherwise they are moved there. Graphs that were
+    made for the places where they were must not run any more; `LiveWeights` and `AotStage` see to that.
 
     Raises:
         ValueError: `_can_join` is false.
@@ -89,6 +92,7 @@ def join_parameters(parameters: Sequence[Tensor]) -> Tensor:
             joint = torch.cat([p.detach() for p in parameters])
             for parameter, part in zip(parameters, joint.split([p.shape[0] for p in parameters])):
                 parameter.data = part
+                setattr(parameter, _MOVED, True)
         return first.detach().as_strided(shape, first.stride())
 
 
@@ -156,7 +160,9 @@ def _can_join(tensors: Sequence[Tensor]) -> bool:
     )
     if not all(map(plain, tensors)) or len({id(t) for t in tensors}) != len(tensors):
         return False
-    return _are_neighbours(tensors) or all(t.untyped_storage().nbytes() == t.nbytes for t in tensors)
+    return _are_neighbours(tensors) or all(
+        t.untyped_storage().nbytes() == t.nbytes or hasattr(t, _MOVED) for t in tensors
+    )
 
 
 def _are_neighbours(tensors: Sequence[Tensor]) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..backends.merging import merge_linears
 from ..capture import flatten_call, unflatten_call
 from ..ir import BRANCHES, Branch, CallSignature, LayerGraph, ModelInfo, Profile, Provenance, UsageError
 from ..ir.versions import installed_versions
@@ -92,6 +93,8 @@ def cost_profile(
         on_progress("capture", 0, 1)
         bare = SegmentRunner(denoiser, signature, (), ())
         on_progress("capture", 1, 1)
+        if backend != "eager":  # before others see the weights, who would move copies of their own
+            merge_linears(bare.captured(1).whole())
         measured = measure_costs(
             bare, inputs, tables, timers, backend=backend, method=method, rounds=rounds, max_rounds=max_rounds,
             max_seconds=max_seconds - (time.monotonic() - began), on_progress=on_progress,

@@ -137,7 +137,8 @@ class ProcessTimers:
     ) -> None:
         """
         Args:
-            denoiser: the network on its device; its memory is shared with the processes.
+            denoiser: the network on its device; its memory is shared with the processes from the first `start` on, and
+                must not move any more then.
             signature: one branch's call.
             inputs: one call per branch, by leaf path.
             count: processes.
@@ -160,6 +161,8 @@ class ProcessTimers:
         self._batch: list[Hashable] = []
         """Started since the last `finish`."""
         self._ended = False
+        self._settled = threading.Event()
+        """Weights may be shared."""
         self._processes: list[Process] = []
         self._busy: set[Process] = set()
         device = next(denoiser.parameters()).device
@@ -179,6 +182,7 @@ class ProcessTimers:
 
     def start(self, jobs: Mapping[Hashable, Job]) -> None:
         """See `Timers`; the first ones first."""
+        self._settled.set()
         with self._changed:
             self._queue += jobs.items()
             self._jobs.update(jobs)
@@ -235,6 +239,7 @@ class ProcessTimers:
 
     def close(self) -> None:
         """See `Timers`."""
+        self._settled.set()
         with self._changed:
             self._ended = True
             self._queue.clear()
@@ -251,6 +256,7 @@ class ProcessTimers:
         try:
             process.write(json.dumps(head).encode())
             process.write(skeleton)
+            self._settled.wait()
             with self._turn:  # sharing keeps account of references, which is not made for threads
                 shared = share_tensors(tensors)
             process.write(shared)

@@ -78,6 +78,19 @@ def test_merging_twice_moves_nothing_again() -> None:
     torch.testing.assert_close(again.stage.module(*given)[0], module(*given))
 
 
+def test_weights_are_joined_again_after_some_were_exchanged() -> None:
+    """As fusing a LoRA into some projections does."""
+    module = Attention()
+    found, given = captured(module)
+    merge_linears(found.whole())
+    with torch.no_grad():
+        module.to_k.weight.data = module.to_k.weight * 2
+    again = merge_linears(found.whole())
+    assert len(again.sources) == 2
+    torch.testing.assert_close(again.stage.module(*given)[0], module(*given))
+    assert module.to_v.weight.data_ptr() == module.to_k.weight.data_ptr() + module.to_k.weight.nbytes
+
+
 def test_a_layer_that_is_used_twice_is_left_alone() -> None:
     found, given = captured(Attention(tie=True))
     stage = found.whole()

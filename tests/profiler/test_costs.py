@@ -1,5 +1,6 @@
 """Layer times in place, the fit to stages, and the loop between stages and partitions."""
 
+import pickle
 import sys
 import time
 
@@ -10,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hybridiff_compiler as hc
+from hybridiff_compiler.backends.merging import join_parameters
 from hybridiff_compiler.capture import capture
 from hybridiff_compiler.ir import InputError, Partition, Pattern, Profile, UsageError
 from hybridiff_compiler.planner import candidate_partitions, measured_patterns
 from hybridiff_compiler.profiler.costs import StageTime, fit_to_stages, stage_distance
 from hybridiff_compiler.profiler.jobs import GraphBuilder, Job, distinct_segments, segment_of
 from hybridiff_compiler.profiler.marks import MarkedWhole
-from hybridiff_compiler.profiler.timers import ProcessTimers
+from hybridiff_compiler.profiler.timers import ProcessTimers, share_tensors
 from hybridiff_compiler.profiler.timing import Timing
 from hybridiff_compiler.quality.denoisers import DENOISERS, random_denoiser
 from hybridiff_compiler.report.describe_costs import describe_timing
@@ -267,3 +269,13 @@ def test_samples_are_taken_without_gradients(tiny, runner, monkeypatch):
     sampler()
     assert seen
     assert not any(seen)
+
+
+def test_weights_that_were_joined_are_so_in_other_processes() -> None:
+    """Else every process that compiles would move copies of its own."""
+    given = [torch.nn.Parameter(torch.randn(32, 8)) for _ in range(3)]
+    join_parameters(given)
+    seen = [torch.nn.Parameter(tensor) for tensor in pickle.loads(share_tensors(given))]
+    before = [tensor.data_ptr() for tensor in seen]
+    assert torch.equal(join_parameters(seen), torch.cat(given))
+    assert [tensor.data_ptr() for tensor in seen] == before
