@@ -13,7 +13,7 @@ SURFACE = {
         "MODEL", "--output/-o", "--prompt", "--prompts", "--limit", "--steps", "--guidance-scale", "--height",
         "--width", "--seed", "--threads", "--device", "--dtype", "--errors-from", "--cuts-from",
         "--costs-only", "--random-weights", "--gpus", "--link", "--backend", "--jobs", "--max-seconds",
-        "--estimate", "--fit", "--quick", "--full", "--restart", "--json",
+        "--estimate", "--fit", "--quick", "--full", "--trends", "--restart", "--json",
     ],
     "plan": [
         "PROFILE", "--gpus", "--min-psnr", "--speedup", "--max-latency-ms", "--policy", "--quantile", "--adaptive",
@@ -36,7 +36,8 @@ SURFACE = {
     ],
     "bench": [
         "MODEL...", "--random-weights", "--pixels", "--steps", "--gpus", "--row", "--repeats", "--device", "--backend",
-        "--threads", "--profile", "--seed", "--decoder", "--decode", "--decode-dtype", "--output/-o", "--json",
+        "--threads", "--profile", "--seed", "--decoder", "--decode", "--decode-dtype", "--trace", "--output/-o",
+        "--json",
     ],
     "show": ["FILE", "OTHER", "--profile", "--json"],
 }
