@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from .hoisting import Hoisted
+from .once import RecordedOnce, memory_key
 
-__all__ = ["CudaRecorder", "Recorder", "Replay", "memory_key", "record_plainly", "recorder_for", "seconds_per_call"]
+__all__ = ["CudaRecorder", "Recorder", "Replay", "record_plainly", "recorder_for", "seconds_per_call"]
 
 _WARM_UP_CALLS = 3
-_SETS = 2
-"""Of hoisted results that are kept."""
 
 
 class Recorder(Protocol):
@@ -122,10 +121,10 @@ class Replay:
             self._inputs = [torch.ones(tuple(shape), dtype=dtype, device=device) for shape, dtype in specs]
         self._seen: dict[int, tuple[object, Tensor]] = {}
         self._call = call  # a graph's kernels read weights that nobody else may be holding on to
-        self._once: _Once | None = None
+        self._once: RecordedOnce | None = None
         inputs: Sequence[Tensor] = self._inputs
         if isinstance(call, Hoisted):
-            self._once = _Once(call, self._inputs, recorder)
+            self._once = RecordedOnce(call, self._inputs, recorder)
             inputs, call = (*self._inputs, *self._once.results), call.each
         self.replay, self._outputs = recorder(call, inputs)
 
@@ -155,52 +154,3 @@ class Replay:
         self._seen.clear()
         if self._once is not None:
             self._once.forget()
-
-
-class _Once:
-    """The hoisted part of a graph, recorded apart; its results stay in memory of their own.
-
-    One graph may serve both branches in turn. When that is noticed, the results for two sets of arguments are kept.
-    """
-
-    def __init__(self, call: Hoisted, inputs: Sequence[Tensor], recorder: Recorder) -> None:
-        self.positions = frozenset(call.positions)
-        self._order = call.positions
-        self._replay, self._outputs = recorder(call.once, [inputs[index] for index in call.positions])
-        with torch.inference_mode(False), torch.no_grad():
-            self.results = [output.clone() for output in self._outputs]
-        self._kept: list[list[Tensor]] = []
-        self._known: dict[int, tuple[Sequence[object], Sequence[Tensor]]] = {}
-        self._computed = 0
-
-    def __call__(self, arguments: Sequence[Tensor]) -> None:
-        """Put what belongs to `arguments`, which are in the graph's inputs by now, into `results`."""
-        taken = [arguments[index] for index in self._order]
-        keys = [memory_key(argument) for argument in taken]
-        slot = next((slot for slot, (known, _) in self._known.items() if known == keys), None)
-        if slot is not None and None not in keys:
-            torch._foreach_copy_(self.results, self._kept[slot])
-            return
-        self._replay()
-        torch._foreach_copy_(self.results, list(self._outputs))
-        if self._computed:
-            slot = (self._computed - 1) % _SETS
-            if slot == len(self._kept):
-                with torch.inference_mode(False):
-                    self._kept.append([torch.empty_like(result) for result in self.results])
-            torch._foreach_copy_(self._kept[slot], self.results)
-            self._known[slot] = keys, taken  # held on to, so that their memory is not handed out again
-        self._computed += 1
-
-    def forget(self) -> None:
-        """Compute everything anew."""
-        self._known.clear()
-        self._computed = 0
-
-
-def memory_key(tensor: Tensor) -> Sequence[object] | None:
-    """A key that is equal only for the same unchanged memory, while somebody holds on to it; None when that cannot be
-    told."""
-    if tensor.is_inference():
-        return None  # inference tensors count no versions
-    return (tensor.data_ptr(), tensor._version, tuple(tensor.shape), tensor.stride(), tensor.dtype)

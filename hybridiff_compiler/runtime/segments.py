@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import LAZY, compile_stage
-from ..backends.cuda_graph import Recorder, Replay, memory_key, seconds_per_call
+from ..backends.cuda_graph import Recorder, Replay, seconds_per_call
+from ..backends.hoisting import Hoisted
+from ..backends.once import RememberedOnce, memory_key
 from ..capture import CapturedDenoiser, StageGraph, capture, unflatten_call
 from ..ir import WHOLE, Branch, CallSignature, Partition, Pattern, PlanMismatchError, Read, Segment, lower
 
@@ -265,7 +267,7 @@ class SegmentRunner:
         """A generation begins: nothing that was derived from inputs or weights is taken for unchanged."""
         self._joined.clear()
         for graph in self._graphs.values():
-            if isinstance(graph.call, Replay):
+            if isinstance(graph.call, (Replay, RememberedOnce)):
                 graph.call.forget()
 
     @torch.no_grad()
@@ -320,6 +322,8 @@ class SegmentRunner:
             graph = self._build(segment)
             if self._recorder is not None:
                 graph = replace(graph, call=Replay(graph.call, graph.specs, self._device, self._recorder))
+            elif isinstance(graph.call, Hoisted):
+                graph = replace(graph, call=RememberedOnce(graph.call))
             self._graphs[key] = graph
         return self._graphs[key]
 

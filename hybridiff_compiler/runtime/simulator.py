@@ -86,6 +86,7 @@ class Simulator:
         if factor is None:
             return False
         self._runner = self._runner_at(factor)
+        self._runner.forget()
         self._state.reset()
         self._estimates.reset()
         self._values.clear()
