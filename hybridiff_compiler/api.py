@@ -129,12 +129,13 @@ def profile(
         partitions = candidate_partitions(graph, costs, worlds, link=link, change=change)
         return partitions, measured_patterns(partitions, worlds, trends=trends)
 
-    def schedules(profile: Profile) -> Sequence[tuple[tuple[str, ...], str]]:
-        if cuts_from is not None:  # which schedules are tried follows times, too
-            profile = profile.model_copy(update={"costs": cuts_from.costs})
-        return trial_schedules(profile, random=3 if quick else 10, seed=seed)
+    def timed(profile: Profile) -> Profile:  # which schedules are tried follows times, too
+        return profile if cuts_from is None else profile.model_copy(update={"costs": cuts_from.costs})
 
-    return session.measure(tables, schedules, errors_from, survey=cuts_from is None)
+    return session.measure(
+        tables, lambda profile: trial_schedules(timed(profile), random=3 if quick else 10, seed=seed),
+        errors_from, survey=cuts_from is None,
+    )
 
 
 def profile_costs(

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from ..ir import NEVER, AgeModel, Pattern, Profile
+from .patterns import family_of
 from .problem import Problem
 from .proposals import LEVELS_DB, proposals
 
 __all__ = ["random_schedules", "trial_schedules"]
 
+_NEAR_DB = 1.0
+"""Schedules so close to a level are as good as each other."""
 _TRIES = 100
 """Schedules drawn per one that is wanted."""
 
@@ -23,20 +27,36 @@ def trial_schedules(
     """Schedules to measure whole, each with its kind, sorted by predicted error within a kind.
 
     `solved` ones are `proposals`. The planner picks what it predicts best, so they alone would teach its optimism but
-    nothing about schedules that users write by hand; `random` ones are drawn, nearest to levels spread evenly over the
-    same range of errors, and keep apart what the sum of errors does not know to disturb each other (`mixed`).
+    nothing about schedules that users write by hand; `random` ones are drawn, near levels spread evenly over the same
+    range of errors, those first that have what others have little of, and keep apart what the sum of errors does not
+    know to disturb each other (`mixed`).
     """
     solved = sorted(proposals(profile, levels), key=lambda item: -item[1])
-    drawn = random_schedules(Problem(profile, 2), _TRIES, seed=seed, mixed=False) if random else []
+    problem = Problem(profile, 2)
+    drawn = random_schedules(problem, 2 * _TRIES, seed=seed, mixed=False) if random else []
     chosen: dict[tuple[str, ...], float] = {}
+    seen: Counter[str] = Counter()
+    for steps, _ in solved:
+        seen.update(_shares(problem, steps))
     for level in np.linspace(min(levels), max(levels), random) if drawn else ():
-        left = [item for item in drawn if item[0] not in chosen]
+        left = {steps: error for steps, error in drawn if steps not in chosen}
         if left:
-            steps, error = min(left, key=lambda item: abs(-20 * math.log10(item[1]) - level))
-            chosen[steps] = error
+            away = {steps: abs(-20 * math.log10(error) - level) for steps, error in left.items()}
+            within = max(_NEAR_DB, min(away.values()))
+            shares = {steps: _shares(problem, steps) for steps, distance in away.items() if distance <= within}
+            steps = max(shares, key=lambda each: sum(part / (1 + seen[f]) for f, part in shares[each].items()))
+            chosen[steps] = left[steps]
+            seen.update(shares[steps])
     return [(steps, "solved") for steps, _ in solved] + [
         (steps, "random") for steps, _ in sorted(chosen.items(), key=lambda item: -item[1])
     ]
+
+
+def _shares(problem: Problem, steps: Sequence[str]) -> Counter[str]:
+    """Of the cheap steps of a schedule, the share of each family."""
+    exact = {table.pattern.name for table in problem.tables if table.pattern.is_exact}
+    cheap = [family_of(name) for name in steps if name not in exact]
+    return Counter({family: count / len(cheap) for family, count in Counter(cheap).items()})
 
 
 def random_schedules(

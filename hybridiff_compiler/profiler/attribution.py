@@ -12,9 +12,13 @@ __all__ = ["group_of", "grouped_errors", "weighted"]
 def group_of(pattern: Pattern, curve: ErrorCurve) -> str:
     """What kind of error a curve describes: how the estimates are combined, and what ages, e.g. `delta/memory`.
 
-    Steps of one kind err in like directions, so they add up alike in a whole schedule.
+    Steps of one kind err in like directions, so they add up alike in a whole schedule. Activations of stages that are
+    not computed at all (`cfg/reused`) age otherwise than those that every step computes anew from stale ones.
     """
-    return f"{pattern.combine.value}{'+trend' if pattern.trend else ''}/{curve.source}"
+    ages: str = curve.source
+    if ages == "activations" and len({unit.stage for unit in pattern.units}) < pattern.stages:
+        ages = "reused"
+    return f"{pattern.combine.value}{'+trend' if pattern.trend else ''}/{ages}"
 
 
 def grouped_errors(

@@ -341,9 +341,12 @@ class ErrorMeasurement:
             if options:
                 self._progress("recording", number * total + step + 1, len(self._curved_batches) * total)
 
+        # What is measured at all ages takes fewer, larger evaluations, of which no gradients are kept.
+        wide = len(self._settings.grid.ages) * len(batch.prompts)
         return Recorder(
             lambda: self._generation.pipe.scheduler, self._runner(len(batch.prompts)),
             [self._exact, *self._patterns], options, scale, self._settings.grid, on_step=on_step,
+            wide=self._runner(wide) if options and wide <= 2 * self._settings.images_per_batch else None,
         )
 
     @property

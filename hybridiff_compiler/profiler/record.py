@@ -96,6 +96,7 @@ class Recorder:
         guidance_scale: float,
         grid: Grid = FULL,
         on_step: Callable[[int, int], None] = lambda step, steps: None,
+        wide: SegmentRunner | None = None,
     ) -> None:
         """
         Args:
@@ -106,7 +107,9 @@ class Recorder:
             guidance_scale: g of the guided estimate.
             grid: at which steps which ages are measured.
             on_step: progress callback (step, number of steps).
+            wide: the same graphs at a multiple of the number of images: so many ages are evaluated together.
         """
+        self._wide = wide
         self._scheduler, self._runner, self._on_step = scheduler, runner, on_step
         self._patterns = {pattern.name: pattern for pattern in patterns}
         self._exact = patterns[0]
@@ -141,6 +144,7 @@ class Recorder:
         ages = {
             gap: self._grid.ages_at(call.step, call.num_steps, gap) for gap in {option.gap for option in self._options}
         }
+        self._evaluate_ages(ages.get(0, ()), call)
         record.deviations.append(
             {option: guided(self._estimate(option, call), self._guidance_scale) - exact
              for option in self._options if option.age in ages[option.gap]}
@@ -160,6 +164,34 @@ class Recorder:
         memory.preset(pairs[-1])
         age = option.age if option.source == "activations" else 0
         return memory.pair(pattern, self._evaluate(pattern, age, call), call.step)
+
+    def _evaluate_ages(self, ages: Sequence[int], call: GuidedCall) -> None:
+        """Evaluate the segments that read nothing but stale values at all `ages` together, if `wide` is so wide."""
+        images, count = self.recording.pairs[-1]["uncond"].shape[0], len(ages)
+        if self._wide is None or count < 2 or self._wide.estimate_spec[0][0] != count * images:
+            return
+        inputs = {
+            branch: {
+                path: torch.cat([leaf] * count) if leaf.dim() and leaf.shape[0] == images else leaf
+                for path, leaf in call.inputs[branch].items()
+            } for branch in BRANCHES
+        }
+        joined: dict[Slot, Tensor] = {}
+        names = dict.fromkeys(option.pattern for option in self._options if option.source == "activations")
+        for segment in dict.fromkeys(replace(each, rank=0) for name in names for each in lower(self._patterns[name])):
+            reads = () if segment.partition == WHOLE else self._runner.values_read(segment)
+            if not reads or not all(read.stale for read in reads):
+                continue
+            for read in reads:
+                if read.source not in joined:
+                    joined[read.source] = torch.cat([self._values[age][read.source] for age in ages])
+            estimates, new = self._wide.run(segment, inputs, joined)
+            for number, age in enumerate(ages):
+                part = slice(number * images, (number + 1) * images)
+                self._evaluated[segment, age] = (
+                    {branch: estimate[part] for branch, estimate in estimates.items()},
+                    {slot: value[part] for slot, value in new.items()},
+                )
 
     def _evaluate(self, pattern: Pattern, age: int, call: GuidedCall) -> dict[Branch, Tensor]:
         """The estimates that `pattern` computes when everything it reads stale is `age` steps old."""

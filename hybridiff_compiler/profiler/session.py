@@ -54,6 +54,7 @@ Proposals = Callable[[Profile], Sequence[tuple[tuple[str, ...], str]]]
 """From the profile so far, schedules to measure whole, each with its kind (`solved` or `random`)."""
 
 
+
 class ProfileSession:
     """Measures one pipeline; the planner's part (which tables, which schedules) comes in as functions."""
 
@@ -102,7 +103,8 @@ class ProfileSession:
         _, self._denoiser = find_denoiser(generation.pipe)
 
     def measure(
-        self, tables: Tables, proposals: Proposals, known: Profile | None = None, *, survey: bool = True
+        self, tables: Tables, proposals: Proposals, known: Profile | None = None, *,
+        survey: bool = True,
     ) -> Profile:
         """Run the whole session.
 
@@ -126,7 +128,9 @@ class ProfileSession:
             for parameter in trainable:
                 parameter.requires_grad_(True)
 
-    def _measure(self, tables: Tables, proposals: Proposals, known: Profile | None, survey: bool) -> Profile:
+    def _measure(
+        self, tables: Tables, proposals: Proposals, known: Profile | None, survey: bool
+    ) -> Profile:
         first = FirstCall()
         self._generation.latents(self._prompts[:1], first)
         self._signature, call = first.require()
@@ -201,7 +205,8 @@ class ProfileSession:
         return costs.with_spread(abs(again.median / timing.whole_s[1] - 1))
 
     def _with_errors(
-        self, costs: Costs, graph: LayerGraph, levels: tuple[float, ...], proposals: Proposals, partial: Partial
+        self, costs: Costs, graph: LayerGraph, levels: tuple[float, ...], proposals: Proposals,
+        partial: Partial,
     ) -> Profile:
         threads = max(1, torch.get_num_threads() // (1 + self._helpers))
         arguments: dict[str, Any] = {
@@ -212,11 +217,11 @@ class ProfileSession:
             self._helpers, threads, arguments, on_note=lambda text: self._progress(text, 1, 1),
         )) as helpers:
             measurement = ErrorMeasurement(**arguments, partial=partial, on_progress=self._progress, helpers=helpers)
-            return self._judged(measurement, costs, graph, levels, proposals, partial)
+            return self._judged(measurement, costs, graph, levels, proposals)
 
     def _judged(
         self, measurement: ErrorMeasurement, costs: Costs, graph: LayerGraph, levels: tuple[float, ...],
-        proposals: Proposals, partial: Partial,
+        proposals: Proposals,
     ) -> Profile:
         def profiled(curves: Curves, further: tuple[Guidance, ...] = ()) -> Profile:
             return Profile(
@@ -228,11 +233,11 @@ class ProfileSession:
                 provenance=self._provenance(),
             )
 
+        by_name = {pattern.name: pattern for pattern in self._patterns}
         trials: list[tuple[tuple[str, ...], str]] = []
         curves = measurement.curves(lambda first: trials.extend(proposals(profiled(first))))
         profile = profiled(curves, tuple(measurement.guidance_at(scale) for scale in self._scales))
         fit = fit_schedules(measurement.schedules(profile.model, profile.errors, trials))
-        by_name = {pattern.name: pattern for pattern in profile.patterns}
         return profile.model_copy(update={
             "errors": weighted(profile.errors, by_name, fit.weights), "compounding": fit.compounding,
             "sampling": curves.sampling.model_copy(update={"weights": fit.weights}),
