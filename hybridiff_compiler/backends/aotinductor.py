@@ -112,6 +112,12 @@ class AotStage:
 
     def _bind_addresses(self) -> None:
         self._addresses = None
+        strided = [name for name, tensor in self._weights.items() if not tensor.is_contiguous()]
+        if strided:
+            raise InputError(
+                f"{len(strided)} weights are not contiguous ({', '.join(strided[:3])}), compiled code reads them as if "
+                "they were; call .contiguous() on them"
+            )
         weights = {
             name: join_parameters([self._weights[part] for part in self._merged[name]]) if name in self._merged
             else self._weights[name]
@@ -119,12 +125,6 @@ class AotStage:
         }
         # Views keep the memory alive that the package points to, whatever happens to the parameters.
         aliases = {name: tensor.detach() for name, tensor in weights.items()}
-        strided = [name for name, tensor in aliases.items() if not tensor.is_contiguous()]
-        if strided:
-            raise InputError(
-                f"{len(strided)} weights are not contiguous ({', '.join(strided[:3])}), compiled code reads them as if "
-                "they were; call .contiguous() on them"
-            )
         constants = {name: aliases[name] for name in self._constants}
         if constants:
             self._package.load_constants(constants, False, True, True)  # into the active set; all of them; by reference

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..capture import StageGraph
+from ..ir import InputError
 
 __all__ = ["Merged", "join_parameters", "merge_linears"]
 
@@ -81,10 +82,14 @@ def join_parameters(parameters: Sequence[Tensor]) -> Tensor:
     made for the places where they were must not run any more; `LiveWeights` and `AotStage` see to that.
 
     Raises:
-        ValueError: `_can_join` is false.
+        InputError: they are of several kinds, not plain, made in inference mode, or parts of somebody else's memory.
     """
     if not _can_join(parameters):
-        raise ValueError("these tensors cannot share memory: they are parts of other merged weights, or not plain")
+        kinds = sorted({f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)} on {t.device}" for t in parameters})
+        raise InputError(
+            f"weights of merged layers cannot share memory (got {', '.join(kinds)}); they must be plain contiguous "
+            "tensors of one dtype and device with memory of their own, loaded outside of torch.inference_mode"
+        )
     first = parameters[0]
     shape = (sum(p.shape[0] for p in parameters), *first.shape[1:])
     with torch.inference_mode(False), torch.no_grad():

@@ -5,7 +5,7 @@ weights.
 """
 
 from .bind import bind
-from .call import CallSignature, LeafSpec, flatten_call, unflatten_call
+from .call import CallSignature, LeafSpec, flatten_call, step_parameters, unflatten_call
 from .graph import CapturedDenoiser, capture
 from .meta import meta_denoiser
 from .stage import StageGraph
@@ -19,5 +19,6 @@ __all__ = [
     "capture",
     "flatten_call",
     "meta_denoiser",
+    "step_parameters",
     "unflatten_call",
 ]

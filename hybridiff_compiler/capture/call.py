@@ -13,7 +13,8 @@ from torch import nn
 from ..ir.errors import InputError, UsageError
 from ..ir.signature import CallSignature, LeafSpec
 
-__all__ = ["CallSignature", "LeafSpec", "bind_call", "flatten_call", "iter_leaves", "steady_leaves", "unflatten_call"]
+__all__ = ["CallSignature", "LeafSpec", "bind_call", "flatten_call", "iter_leaves", "steady_leaves",
+           "step_parameters", "unflatten_call"]
 
 _SCALARS = (bool, int, float, complex, str, bytes, type(None))
 
@@ -85,10 +86,14 @@ def _signature(forward: Callable[..., Any]) -> inspect.Signature:
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
+def step_parameters(denoiser: nn.Module) -> tuple[str, str]:
+    """Names of the forward's parameters that take the latents (the first one) and the timestep."""
+    return next(iter(forward_signature(denoiser).parameters)), "timestep"
+
+
 def steady_leaves(denoiser: nn.Module, paths: Iterable[str]) -> tuple[str, ...]:
-    """Those of these leaf paths that as a rule stay the same from step to step: all but the latents (the first
-    parameter of the forward) and the timestep."""
-    changing = {next(iter(forward_signature(denoiser).parameters)), "timestep"}
+    """Those of these leaf paths that as a rule stay the same from step to step: all but latents and timestep."""
+    changing = step_parameters(denoiser)
     return tuple(path for path in paths if path.partition(".")[0] not in changing)
 
 

@@ -9,7 +9,7 @@ no run is finished for a single (step, pattern, age).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -37,6 +37,7 @@ from ..runtime.intercept import find_denoiser
 from ..runtime.segments import SegmentRunner, scale_signature
 from ..runtime.simulator import Simulator
 from .attribution import grouped_errors
+from .batches import Batch, block_borders, blocks_of
 from .compounding import MeasuredSchedule
 from .curves import error_curves
 from .decode import decoder_of
@@ -47,13 +48,11 @@ from .linear import sampler_map
 from .partial import Partial
 from .record import Option, Recorder, guided, options_of
 from .resume import Resumed, known_steps
-from .sensitivity import Sketches, propagate, pull_back_images, standard_error_db
+from .sensitivity import propagate, pull_back_images, standard_error_db
 
 __all__ = ["Curves", "ErrorMeasurement", "ErrorSettings"]
 
 Progress = Callable[[str, int, int], None]
-_BLOCK = 12
-"""Prompts that a whole schedule is measured on."""
 _KEPT_BYTES = 64 << 20
 """Most memory for estimates of exact steps with which schedules are begun, and for images to compare with."""
 
@@ -83,33 +82,13 @@ class Curves:
     sampling: ErrorSampling
 
 
-@dataclass
-class _Batch:
-    """Prompts generated together."""
-
-    first: int
-    prompts: list[str]
-    final: Tensor = field(default_factory=lambda: torch.empty(0))
-    rel_mae: list[list[float]] = field(default_factory=list)
-    """Per prompt, per step."""
-    changes: list[dict[str, float]] = field(default_factory=list)
-    sketches: Sketches | None = None
-    pairs: Tensor = field(default_factory=lambda: torch.empty(0))
-    """Exact estimates of the first steps, [steps, 2, P, ...]; of none where they would take much memory."""
-
-    @property
-    def name(self) -> str:
-        """In the `Partial`."""
-        return f"prompts {self.first}-{self.first + len(self.prompts) - 1}"
-
-
 @dataclass(frozen=True)
 class _Trial:
     """A schedule to measure whole."""
 
     number: int
     steps: tuple[str, ...]
-    block: list[_Batch]
+    block: list[Batch]
     """Prompts, with what need not be computed of them."""
 
 
@@ -143,6 +122,7 @@ class ErrorMeasurement:
         self._helpers = helpers or ErrorHelpers(0, 1, None)
         denoiser = find_denoiser(generation.pipe)[1] if denoiser is None else denoiser
         self._generation, self._denoiser, self._signature = generation, denoiser, signature
+        self._device = next(denoiser.parameters()).device
         self._partitions, self._patterns = tuple(partitions), tuple(patterns)
         self._settings, self._partial, self._progress = settings, partial, on_progress
         self._exact = next(p for p in patterns if p.is_exact and p.world_size == 2)
@@ -151,12 +131,12 @@ class ErrorMeasurement:
         size = settings.images_per_batch
         curved = list(prompts)[: settings.curve_prompts]
         half = min(size, -(-len(curved) // 2))  # two batches, for two processes
-        self._batches = [_Batch(k, curved[k : k + half]) for k in range(0, len(curved), half)]
+        self._batches = [Batch(k, curved[k : k + half]) for k in range(0, len(curved), half)]
         # No gradients are kept of the others, so they are generated in the batches in which schedules are.
-        self._borders = _block_borders(len(prompts))
+        self._borders = block_borders(len(prompts))
         for begin, end in pairwise(sorted({len(curved), *(b for b in self._borders if b > len(curved))})):
             self._batches += [
-                _Batch(k, list(prompts)[k : min(k + 2 * size, end)]) for k in range(begin, end, 2 * size)
+                Batch(k, list(prompts)[k : min(k + 2 * size, end)]) for k in range(begin, end, 2 * size)
             ]
         self._curved, self._prompts = len(curved), len(prompts)
         self._references: dict[tuple[int, int], Tensor] = {}
@@ -171,14 +151,14 @@ class ErrorMeasurement:
         for number, batch in enumerate(self._batches):
             kept = self._partial.get(batch.name)
             if kept is not None:
-                self._restore(batch, *kept)
+                batch.restore(*kept, self._options, self._device)
             else:
                 missing.append(number)
 
         def done(number: int, kept: tuple[dict[str, Any], dict[str, Tensor]]) -> None:
             batch = self._batches[number]
             self._partial.put(batch.name, *kept)
-            self._restore(batch, kept[1], kept[0])
+            batch.restore(kept[1], kept[0], self._options, self._device)
             left = sum(not batch.rel_mae for batch in self._batches)
             self._progress("exact runs, errors by step and age", len(self._batches) - left, len(self._batches))
             tell()
@@ -194,7 +174,7 @@ class ErrorMeasurement:
         self._helpers.share("prompts", missing, self.prompts, done)
         return self._curves(self._batches)
 
-    def _curves(self, batches: Sequence[_Batch]) -> Curves:
+    def _curves(self, batches: Sequence[Batch]) -> Curves:
         """What `batches`, those with errors by step and age among them, have shown."""
         steps = len(batches[0].rel_mae[0])
         sketches = [batch.sketches for batch in batches if batch.sketches is not None]
@@ -252,7 +232,7 @@ class ErrorMeasurement:
             errors: the curves, for the schedules' errors by kind.
             proposals: (steps, kind), like ones next to each other.
         """
-        blocks = self._blocks()
+        blocks = blocks_of(self._batches, self._borders, 2 * self._settings.images_per_batch)
         by_name, values = {pattern.name: pattern for pattern in self._patterns}, dict[int, list[float]]()
         known = {each.pattern: each for each in errors}
         names = [f"schedule {n % len(blocks)} {FixedSchedule(steps=steps)}" for n, (steps, _) in enumerate(proposals)]
@@ -283,7 +263,7 @@ class ErrorMeasurement:
         """Run batch `number` of the prompts: what `Partial` keeps of it."""
         batch = self._batches[number]
         self._record(batch, number)
-        return self._kept(batch)
+        return batch.kept(self._options)
 
     @torch.no_grad()
     def schedule(self, trial: _Trial, model: ModelInfo) -> list[float]:
@@ -302,31 +282,15 @@ class ErrorMeasurement:
             values += [min(value, MAX_PSNR_DB) for value in psnr(decode(final), self._reference(batch, decode))]
         return values
 
-    def _reference(self, batch: _Batch, decode: Callable[[Tensor], Tensor]) -> Tensor:
+    def _reference(self, batch: Batch, decode: Callable[[Tensor], Tensor]) -> Tensor:
         """The exact images of a batch, decoded once where they do not take much memory."""
         key = (batch.first, len(batch.prompts))
         if key in self._references:
             return self._references[key]
-        images = decode(batch.final.to(next(self._denoiser.parameters()).device))
+        images = decode(batch.final.to(self._device))
         if images[0].nbytes * self._prompts <= _KEPT_BYTES:
             self._references[key] = images
         return images
-
-    def _blocks(self) -> list[list[_Batch]]:
-        """The prompts in blocks of about a dozen, two at least; a single prompt makes one."""
-        size = 2 * self._settings.images_per_batch
-        single = [
-            (batch.first + k, prompt, batch.final[k : k + 1], batch.pairs[:, :, k : k + 1])
-            for batch in self._batches for k, prompt in enumerate(batch.prompts)
-        ]
-        result = []
-        for begin, end in pairwise(self._borders):
-            batches = []
-            for k in range(begin, end, size):
-                first, prompts, finals, pairs = zip(*single[k : min(k + size, end)])
-                batches.append(_Batch(first[0], list(prompts), torch.cat(finals), pairs=torch.cat(pairs, dim=2)))
-            result.append(batches)
-        return result
 
     def _runner(self, images: int) -> SegmentRunner:
         if images not in self._runners:
@@ -336,7 +300,7 @@ class ErrorMeasurement:
             )
         return self._runners[images]
 
-    def _recorder(self, batch: _Batch, options: Sequence[Option], scale: float, number: int = 0) -> Recorder:
+    def _recorder(self, batch: Batch, options: Sequence[Option], scale: float, number: int = 0) -> Recorder:
         def on_step(step: int, total: int) -> None:
             if options:
                 self._progress("recording", number * total + step + 1, len(self._curved_batches) * total)
@@ -350,10 +314,10 @@ class ErrorMeasurement:
         )
 
     @property
-    def _curved_batches(self) -> list[_Batch]:
+    def _curved_batches(self) -> list[Batch]:
         return [batch for batch in self._batches if batch.first < self._curved]
 
-    def _record(self, batch: _Batch, number: int) -> None:
+    def _record(self, batch: Batch, number: int) -> None:
         scale, curved = self._generation.guidance_scale, batch.first < self._curved
         recorder = self._recorder(batch, self._options if curved else (), scale, number)
         batch.final = self._generation.latents(batch.prompts, recorder, batch.first)
@@ -397,35 +361,6 @@ class ErrorMeasurement:
             rows = np.array([[step[name] for step in batch.changes] for batch in recorded])
             change[name] = tuple(float(f"{value:.4g}") for value in counts @ rows / counts.sum())
         return Redundancy(change=change)
-
-    def _kept(self, batch: _Batch) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        data: dict[str, Any] = {"rel_mae": batch.rel_mae, "changes": batch.changes}
-        tensors = {"final": batch.final, "pairs": batch.pairs}
-        if batch.sketches is not None:
-            entries = [
-                (step, option) for step, row in enumerate(batch.sketches.steps) for option in row
-            ]
-            data |= {
-                "steps": len(batch.sketches.steps), "pixels": batch.sketches.pixels,
-                "entries": [(step, self._options.index(option)) for step, option in entries],
-            }
-            tensors["sketches"] = torch.stack([batch.sketches.steps[step][option] for step, option in entries])
-        return data, tensors
-
-    def _restore(self, batch: _Batch, tensors: Mapping[str, Tensor], data: dict[str, Any]) -> None:
-        batch.final = tensors["final"].to(next(self._denoiser.parameters()).device)
-        batch.pairs, batch.rel_mae, batch.changes = tensors["pairs"], data["rel_mae"], data["changes"]
-        if "sketches" in tensors:
-            rows: list[dict[Option, Tensor]] = [{} for _ in range(data["steps"])]
-            for (step, index), sketch in zip(data["entries"], tensors["sketches"]):
-                rows[step][self._options[index]] = sketch
-            batch.sketches = Sketches(rows, data["pixels"])
-
-
-def _block_borders(prompts: int) -> list[int]:
-    """Where the blocks of prompts begin and end: about a dozen each, two at least; a single prompt makes one."""
-    count = min(prompts, max(2, round(prompts / _BLOCK)))
-    return [round(k * prompts / count) for k in range(count + 1)]
 
 
 def _work(patterns: Mapping[str, Pattern], trial: _Trial) -> float:

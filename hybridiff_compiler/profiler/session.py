@@ -54,7 +54,6 @@ Proposals = Callable[[Profile], Sequence[tuple[tuple[str, ...], str]]]
 """From the profile so far, schedules to measure whole, each with its kind (`solved` or `random`)."""
 
 
-
 class ProfileSession:
     """Measures one pipeline; the planner's part (which tables, which schedules) comes in as functions."""
 

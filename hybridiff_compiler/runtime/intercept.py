@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..capture import flatten_call
+from ..capture import flatten_call, step_parameters
 from ..ir import BRANCHES, Branch, CallSignature, InputError
 from .two_calls import TwoCalls, differing_shapes
 from .waiting import WaitingMethod
@@ -115,7 +115,9 @@ class _Watcher:
     ) -> None:
         self._settle, self._hooked = settle, list[str]()
         self._pipe, self._denoiser, self._handler = pipe, denoiser, handler
-        self._latents, self._timestep, self._return_dict = _forward_parameters(denoiser)
+        self._latents, self._timestep = step_parameters(denoiser)
+        parameters = inspect.signature(type(denoiser).forward).parameters
+        self._return_dict = "return_dict" not in parameters or bool(parameters["return_dict"].default)
         self._scheduler: Any = None
         self._fresh = True
         self._covered = False
@@ -293,13 +295,6 @@ def _distance(one: float, other: float) -> float:
 
 def _is_one_state(first: Mapping[str, Tensor], second: Mapping[str, Tensor], latents: str) -> bool:
     return first[latents].shape == second[latents].shape and torch.equal(first[latents], second[latents])
-
-
-def _forward_parameters(denoiser: nn.Module) -> tuple[str, str, bool]:
-    """Names of the latents and timestep parameters, and the default of `return_dict`."""
-    parameters = list(inspect.signature(type(denoiser).forward).parameters.values())[1:]
-    return_dict = next((p.default for p in parameters if p.name == "return_dict"), True)
-    return parameters[0].name, "timestep", bool(return_dict)
 
 
 def _split(tensors: Mapping[str, Tensor], batch: int) -> dict[Branch, dict[str, Tensor]]:

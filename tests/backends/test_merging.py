@@ -10,6 +10,7 @@ from torch import nn
 
 from hybridiff_compiler.backends.merging import join_parameters, merge_linears
 from hybridiff_compiler.capture import capture
+from hybridiff_compiler.ir import InputError
 
 
 class Attention(nn.Module):
@@ -102,7 +103,7 @@ def test_a_layer_that_is_used_twice_is_left_alone() -> None:
 def test_parts_of_other_memory_are_not_moved() -> None:
     storage = torch.randn(64, 8)
     first, second = (nn.Parameter(storage[begin:begin + 16]) for begin in (0, 32))
-    with pytest.raises(ValueError, match="cannot share memory"):
+    with pytest.raises(InputError, match="cannot share memory"):
         join_parameters([first, second])
     neighbours = [nn.Parameter(storage[begin:begin + 16]) for begin in (0, 16)]
     joint = join_parameters(neighbours)
@@ -117,5 +118,5 @@ def test_weights_of_several_kinds_are_not_joined() -> None:
         (torch.randn(16, 4, device="meta"), torch.randn(16, 4, device="meta")),
     ]
     for pair in pairs:
-        with pytest.raises(ValueError, match="cannot share memory"):
+        with pytest.raises(InputError, match="cannot share memory"):
             join_parameters(pair)
