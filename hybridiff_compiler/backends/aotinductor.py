@@ -45,8 +45,8 @@ _ON_GPUS: dict[str, Any] = {
 }
 _INLINED_ELEMENTS = 8
 """Vectors and scalars of up to so many elements are written into the code by inductor."""
-_EACH, _ONCE = "model", "once"
-"""Names of the models in a package: the stage, or what remained of it, and what was hoisted."""
+_EACH, _ONCE, _TIMED = "model", "once", "timed"
+"""Names of the models in a package: the stage, or what remained of it, and what was hoisted (see `hoisting`)."""
 _METADATA = "hybridiff"
 
 
@@ -175,13 +175,15 @@ class AotInductor:
         options = _OPTIONS | (_ON_GPUS if job.target.device == "cuda" else {}) | {"cpp.cxx": (None, compiler)}
         merged = merge_linears(job.stage)
         parts = hoist(merged.stage)
-        stages = {_EACH: merged.stage} if parts is None else {_ONCE: parts.once, _EACH: parts.each}
+        found = {} if parts is None else {_ONCE: parts.once, _TIMED: parts.timed, _EACH: parts.each}
+        stages = {name: stage for name, stage in found.items() if stage is not None} or {_EACH: merged.stage}
         small = _small_weights(stage_weights(job.stage))
-        hoisted = () if parts is None else stage_inputs(parts.each)[len(stage_inputs(job.stage)):]
-        noted = {
-            "merged": dict(merged.sources), "positions": () if parts is None else parts.positions,
-            "hoisted": [spec.model_dump() for spec in hoisted],
-        }
+        noted: dict[str, Any] = {"merged": dict(merged.sources)}
+        if parts is not None:
+            noted |= {_ONCE: parts.once_takes, _TIMED: parts.timed_takes}
+            noted["takes"] = {
+                name: [spec.model_dump() for spec in stage_inputs(stage)] for name, stage in stages.items()
+            }
         options |= {"aot_inductor.package": True, "aot_inductor.metadata": {_METADATA: json.dumps(noted)}}
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -204,18 +206,24 @@ class AotInductor:
         index, small = _device_index(stage.weights), tuple(_small_weights(stage.weights))
         package = _open_package(file, index)
         noted = json.loads(package.get_metadata().get(_METADATA, "{}"))
-        positions = tuple(noted.get("positions", ()))
 
-        def bound(package: Any, inputs: Sequence[TensorSpec]) -> AotStage:
-            part = AotStage(package, inputs, small, merged=noted.get("merged"))
+        def bound(name: str, inputs: Sequence[TensorSpec]) -> AotStage:
+            part = AotStage(
+                package if name == _EACH else _open_package(file, index, name), inputs, small,
+                merged=noted.get("merged"),
+            )
             part.bind(stage.weights)
             return part
 
-        if not positions:
-            return bound(package, stage.inputs)
-        hoisted = [TensorSpec(**spec) for spec in noted["hoisted"]]
-        once = bound(_open_package(file, index, _ONCE), [stage.inputs[position] for position in positions])
-        return Hoisted(once, bound(package, [*stage.inputs, *hoisted]), positions)
+        if "takes" not in noted:
+            return bound(_EACH, stage.inputs)
+        parts = {
+            name: bound(name, [TensorSpec(**spec) for spec in takes]) for name, takes in noted["takes"].items()
+        }
+        return Hoisted(
+            once=parts.get(_ONCE), timed=parts.get(_TIMED), each=parts[_EACH], once_takes=tuple(noted[_ONCE]),
+            timed_takes=tuple(noted[_TIMED]),
+        )
 
 
 def _compile(stage: StageGraph, small: Mapping[str, Tensor], options: Mapping[str, Any]) -> list[Any]:

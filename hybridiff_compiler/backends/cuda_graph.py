@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .hoisting import Hoisted
-from .once import RecordedOnce, memory_key
+from .kept import Moment, RecordedOnce, RecordedTimes, memory_key
 
 __all__ = ["CudaRecorder", "Recorder", "Replay", "record_plainly", "recorder_for", "seconds_per_call"]
 
@@ -122,18 +122,25 @@ class Replay:
         self._seen: dict[int, tuple[object, Tensor]] = {}
         self._call = call  # a graph's kernels read weights that nobody else may be holding on to
         self._once: RecordedOnce | None = None
-        inputs: Sequence[Tensor] = self._inputs
+        self._times: RecordedTimes | None = None
+        inputs = list(self._inputs)
         if isinstance(call, Hoisted):
-            self._once = RecordedOnce(call, self._inputs, recorder)
-            inputs, call = (*self._inputs, *self._once.results), call.each
+            if call.once is not None:
+                self._once = RecordedOnce(call, self._inputs, recorder)
+                inputs += self._once.results
+            if call.timed is not None:
+                self._times = RecordedTimes(call, self._inputs, inputs[len(self._inputs):], recorder)
+                inputs += self._times.results
+            call = call.each
         self.replay, self._outputs = recorder(call, inputs)
 
-    def __call__(self, *arguments: Tensor, leaves: int = 0) -> Sequence[Tensor]:
+    def __call__(self, *arguments: Tensor, leaves: int = 0, moment: Moment | None = None) -> Sequence[Tensor]:
         """Evaluate on `arguments`, which may live anywhere; the results are valid until the next call.
 
         The first `leaves` arguments are copied only when they are not the memory that was copied last, unchanged since.
         (Of the others that cannot be told: a transfer writes to a buffer without torch's knowledge.) What was hoisted
-        is computed anew when an argument that it depends on is copied.
+        is computed anew when an argument that it depends on is copied; what depends on the timestep, too, is computed
+        for many steps at a time if `moment` says which step this is.
         """
         renew = False
         for index, (buffer, argument) in enumerate(zip(self._inputs, arguments, strict=True)):
@@ -146,6 +153,8 @@ class Replay:
             renew = renew or (self._once is not None and index in self._once.positions)
         if renew and self._once is not None:
             self._once(arguments)
+        if self._times is not None:
+            self._times(arguments, moment)
         self.replay()
         return self._outputs
 
@@ -154,3 +163,5 @@ class Replay:
         self._seen.clear()
         if self._once is not None:
             self._once.forget()
+        if self._times is not None:
+            self._times.forget()

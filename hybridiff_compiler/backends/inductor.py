@@ -1,6 +1,6 @@
 """torch.compile with static shapes: fused kernels, compiled at the first call.
 
-Before that, what compilers do not do by themselves: linear layers are merged, and what does not change from step to
+Before that, what compilers do not do by themselves: linear layers are merged, and what need not be computed at every
 step is taken out.
 """
 
@@ -25,9 +25,7 @@ def compile_stage(stage: StageGraph) -> Callable[..., Sequence[Tensor]]:
     """
     merged = merge_linears(stage).stage
     parts = hoist(merged)
-    if parts is None:
-        return _compiled(merged)
-    return Hoisted(_compiled(parts.once), _compiled(parts.each), parts.positions)
+    return _compiled(merged) if parts is None else Hoisted.build(parts, _compiled)
 
 
 def _compiled(stage: StageGraph) -> Callable[..., Sequence[Tensor]]:

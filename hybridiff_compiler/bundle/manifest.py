@@ -52,7 +52,7 @@ class Manifest(Document):
     """What a bundle holds."""
 
     kind: Literal["bundle"] = "bundle"
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     backend: str
     fingerprint: Sha256
     """Of the denoiser's layer graph; the plan's."""

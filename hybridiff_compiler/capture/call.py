@@ -13,8 +13,11 @@ from torch import nn
 from ..ir.errors import InputError, UsageError
 from ..ir.signature import CallSignature, LeafSpec
 
-__all__ = ["CallSignature", "LeafSpec", "bind_call", "flatten_call", "iter_leaves", "steady_leaves",
+__all__ = ["TIMESTEP", "CallSignature", "LeafSpec", "bind_call", "flatten_call", "iter_leaves", "steady_leaves",
            "step_parameters", "unflatten_call"]
+
+TIMESTEP = "timestep"
+"""Name of the parameter of a denoiser's forward that takes the timestep."""
 
 _SCALARS = (bool, int, float, complex, str, bytes, type(None))
 
@@ -88,7 +91,7 @@ def _signature(forward: Callable[..., Any]) -> inspect.Signature:
 
 def step_parameters(denoiser: nn.Module) -> tuple[str, str]:
     """Names of the forward's parameters that take the latents (the first one) and the timestep."""
-    return next(iter(forward_signature(denoiser).parameters)), "timestep"
+    return next(iter(forward_signature(denoiser).parameters)), TIMESTEP
 
 
 def steady_leaves(denoiser: nn.Module, paths: Iterable[str]) -> tuple[str, ...]:

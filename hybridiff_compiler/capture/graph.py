@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..ir.errors import InputError
 from ..ir.layers import Layer, LayerGraph, Value
-from .call import CallSignature, dtype_name, flatten_call, steady_leaves
+from .call import CallSignature, dtype_name, flatten_call, steady_leaves, step_parameters
 from .export import export_call
 from .flops import count_flops
 from .grouping import Group, group_nodes, node_bytes
@@ -40,6 +40,8 @@ class CapturedDenoiser:
     """Tensor leaf paths in placeholder order."""
     steady: tuple[str, ...]
     """Those that as a rule stay the same from step to step: all but the latents and the timestep."""
+    timestep: str | None
+    """The one that is the timestep; None if that is no tensor of its own."""
     constants: frozenset[str]
     """Qualified names of the tensors that the forward makes from Python values; they are not the denoiser's own."""
     output_spec: pytree.TreeSpec
@@ -54,7 +56,8 @@ class CapturedDenoiser:
             UsageError: an unknown layer, a tap that the stage does not compute, or nothing to return.
         """
         return extract_stage(
-            self.graph_module, self.input_names, self.layer_of, layer_names, taps, steady=self.steady
+            self.graph_module, self.input_names, self.layer_of, layer_names, taps, steady=self.steady,
+            timestep=self.timestep,
         )
 
     def shares(self, layer_names: Iterable[str], taps: Iterable[str] = ()) -> dict[str, float]:
@@ -108,6 +111,7 @@ def capture(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
         layer_of=layer_of,
         input_names=exported.input_names,
         steady=steady_leaves(denoiser, exported.input_names),
+        timestep=step_parameters(denoiser)[1] if step_parameters(denoiser)[1] in exported.input_names else None,
         constants=exported.constants,
         output_spec=exported.output_spec,
         output_leaves=exported.output_leaves,

@@ -36,6 +36,8 @@ class StageGraph:
     """Whether the first output is the denoiser's estimate."""
     steady: tuple[str, ...] = ()
     """Those of `inputs` that as a rule stay the same from step to step (prompt embeddings, sizes)."""
+    timestep: str | None = None
+    """The one of `inputs` that is the timestep, if it is there."""
 
 
 def extract_stage(
@@ -46,6 +48,7 @@ def extract_stage(
     taps: Iterable[str] = (),
     *,
     steady: Iterable[str] = (),
+    timestep: str | None = None,
 ) -> StageGraph:
     """Build the graph of any set of layers; they need not be contiguous.
 
@@ -59,6 +62,7 @@ def extract_stage(
         layer_names: the layers of the stage, in any order.
         taps: values (node names) produced inside the stage that it must return; repeated names count once.
         steady: inputs that as a rule stay the same from step to step.
+        timestep: the input that is the timestep.
 
     Raises:
         UsageError: an unknown layer, a tap that the stage does not compute, or nothing to return.
@@ -95,7 +99,7 @@ def extract_stage(
     paths, same = tuple(path for path, _ in inputs), frozenset(steady)
     return StageGraph(
         module, paths, tuple(node.name for node in values), wanted, has_estimate,
-        tuple(path for path in paths if path in same),
+        tuple(path for path in paths if path in same), timestep if timestep in paths else None,
     )
 
 

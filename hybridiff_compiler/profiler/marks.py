@@ -104,9 +104,9 @@ class MarkedWhole:
         if backend != "eager":
             arguments.append(torch.zeros(1, device=device))
         call = compile_stage(stage, backend)
-        if isinstance(call, Hoisted):  # computed once per generation: no layer's time
+        if isinstance(call, Hoisted):  # not computed at every step: no layer's time
             with torch.no_grad():
-                arguments += [t.clone() for t in call.once(*(arguments[index] for index in call.positions))]
+                arguments = [argument.clone() for argument in call.given(arguments)]
             call = call.each
         count = len(captured.layers.names) + 1
         clock: _Clock = _DeviceClock(count) if device.type == "cuda" else _WallClock(count)

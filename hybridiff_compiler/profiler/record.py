@@ -129,7 +129,7 @@ class Recorder:
     @torch.no_grad()
     def step(self, call: GuidedCall) -> Mapping[Branch, Tensor]:
         """See `StepHandler.step`."""
-        pair, values = run_pattern(self._runner, self._exact, call.inputs, {})
+        pair, values = run_pattern(self._runner, self._exact, call.inputs, {}, moment=call.moment)
         self._values.appendleft(values)
         record = self.recording
         record.inputs.append(call.inputs)
@@ -185,7 +185,7 @@ class Recorder:
             for read in reads:
                 if read.source not in joined:
                     joined[read.source] = torch.cat([self._values[age][read.source] for age in ages])
-            estimates, new = self._wide.run(segment, inputs, joined)
+            estimates, new = self._wide.run(segment, inputs, joined, moment=call.moment)
             for number, age in enumerate(ages):
                 part = slice(number * images, (number + 1) * images)
                 self._evaluated[segment, age] = (
@@ -206,11 +206,11 @@ class Recorder:
                 key = (replace(segment, rank=0), age)
                 if key not in self._evaluated:
                     taken = {read.source: self._values[age][read.source] for read in reads}
-                    self._evaluated[key] = self._runner.run(segment, call.inputs, taken)
+                    self._evaluated[key] = self._runner.run(segment, call.inputs, taken, moment=call.moment)
                 estimates, new = self._evaluated[key]
             else:
                 taken = {r.source: (self._values[age] if r.stale else written)[r.source] for r in reads}
-                estimates, new = self._runner.run(segment, call.inputs, taken)
+                estimates, new = self._runner.run(segment, call.inputs, taken, moment=call.moment)
             computed.update(estimates)
             written.update(new)
         return computed

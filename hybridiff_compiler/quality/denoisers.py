@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..capture.call import dtype_from_name, unflatten_call
+from ..capture.call import TIMESTEP, dtype_from_name, unflatten_call
 from ..capture.meta import cast_checkpoint
 from ..ir import InputError, UsageError
 from .architectures import SD3_TRANSFORMER, SDXL_UNET
@@ -91,7 +91,7 @@ def random_denoiser(name: str, *, device: str, dtype: str | None = None, seed: i
     call: dict[str, Any] = {}
     for path, (shape, kind) in spec.call.items():
         exact = floating if kind == _FLOATING else dtype_from_name(kind)
-        if path == "timestep":
+        if path == TIMESTEP:
             value = torch.full(shape, 500.0)
         elif exact.is_floating_point:
             value = torch.randn(shape, generator=generator)

@@ -12,6 +12,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from ..backends.kept import Moment
 from ..ir import Branch, CallSignature, Plan, PlanMismatchError, UsageError
 from .decode_ranks import DecodeRank
 from .estimates import EstimateMemory
@@ -69,7 +70,7 @@ class Driver:
         self._weights = LiveWeights(denoiser)
         self._schedule = ScheduleState(plan.schedule)
         self._estimates = EstimateMemory()
-        self._outbox = None if transport is None else OrderOutbox(transport, plan.model.signature)
+        self._outbox = None if transport is None else OrderOutbox(transport, plan.model.signature, plan.num_steps)
         self._index = {pattern.name: index for index, pattern in enumerate(plan.patterns)}
         self._missed: dict[int, list[int]] = {rank: [] for rank in range(1, plan.world_size)}
         self._generation = self._timings = self._traces = self._resizes = self._reports = 0
@@ -281,7 +282,7 @@ class Driver:
         self._order(name, following, call)
         early = self._transport is None or self._transport.posts_early
         expected = executor.expect_estimates(name) if early else []
-        computed = executor.run(name, following, call.inputs)
+        computed = executor.run(name, following, call.inputs, self._moment(call))
         if not early:
             expected = executor.expect_estimates(name)
         for branches, incoming in expected:
@@ -294,7 +295,8 @@ class Driver:
         """Tell every rank that has a part in this step; the others hear of it with their next order."""
         if self._outbox is None:
             return
-        self._outbox.note(call.inputs)
+        moment = self._moment(call)
+        self._outbox.note(call.inputs, None if moment is None else moment.timesteps)
         involved = self._executor.involved(name, following)
         flow = self._executor.flow(name)
         for rank, missed in self._missed.items():
@@ -305,9 +307,15 @@ class Driver:
                     missed.clear()
                 continue
             after = None if following is None else self._index[following]
-            order = Order(self._generation, call.step, self._index[name], after, tuple(missed))
+            order = Order(
+                self._generation, call.step, self._index[name], after, tuple(missed), has_timesteps=moment is not None
+            )
             self._outbox.send(rank, order, flow.branches(rank))
             missed.clear()
+
+    def _moment(self, call: GuidedCall) -> Moment | None:
+        """Known to all ranks alike; orders have room for the timesteps of the plan's number of steps."""
+        return call.moment if call.num_steps == self.plan.num_steps else None
 
     def _following(self, step: int, num_steps: int) -> str | None:
         """The pattern of the next step that computes anything, if it is known before this step has run.

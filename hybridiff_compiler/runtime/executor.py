@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from ..backends.cuda_graph import Recorder, recorder_for
+from ..backends.kept import Moment
 from ..capture import CapturedDenoiser
 from ..ir import Branch, Plan, PlanMismatchError, Segment
 from .exchange import Exchange, Flow, Message, Slot
@@ -137,7 +138,8 @@ class RankExecutor:
         self._placement = self._exchange.advance(placement, name)
 
     def run(
-        self, name: str, following: str | None, inputs: Mapping[Branch, Mapping[str, Tensor]]
+        self, name: str, following: str | None, inputs: Mapping[Branch, Mapping[str, Tensor]],
+        moment: Moment | None = None,
     ) -> dict[Branch, Tensor]:
         """This rank's part of one step; returns the estimates that it computed.
 
@@ -160,7 +162,9 @@ class RankExecutor:
             taken = {slot: self._values[slot] for slot in launch.stale}
             taken.update((slot, written[slot]) for slot in launch.fresh)
             # Other ranks than the driver's have sent theirs by the next run.
-            estimates, values = self.runner.run(launch.segment, inputs, taken, keep_estimates=self.rank == 0)
+            estimates, values = self.runner.run(
+                launch.segment, inputs, taken, keep_estimates=self.rank == 0, moment=moment
+            )
             if estimates and self.rank:
                 self._send_estimates(estimates)
             computed.update(estimates)

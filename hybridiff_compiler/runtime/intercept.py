@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..backends.kept import Moment
 from ..capture import flatten_call, step_parameters
 from ..ir import BRANCHES, Branch, CallSignature, InputError
 from .two_calls import TwoCalls, differing_shapes
@@ -39,6 +40,13 @@ class GuidedCall:
     num_steps: int
     inputs: Mapping[Branch, Mapping[str, Tensor]]
     """Per branch: leaf path -> tensor of that branch alone (views of the pipeline's tensors)."""
+    timesteps: Tensor | None = None
+    """`[num_steps]`: the timesteps of all steps as the denoiser gets them, if it gets the scheduler's own."""
+
+    @property
+    def moment(self) -> Moment | None:
+        """Which step this is among all of them, if they are known."""
+        return None if self.timesteps is None else Moment(self.timesteps, self.step)
 
 
 class StepHandler(Protocol):
@@ -122,6 +130,8 @@ class _Watcher:
         self._fresh = True
         self._covered = False
         self._step = self._num_steps = 0
+        self._timesteps: Tensor | None = None
+        """The scheduler's, from the first step of this generation on."""
         self._signature: CallSignature | None = None
         self._first: Mapping[str, Tensor] | None = None
         """The first call of a generation, until the second one tells whether it was half of a pair."""
@@ -171,7 +181,7 @@ class _Watcher:
         """Both estimates of a step, one after the other in the batch; None: not covered."""
         if self._step >= self._num_steps:
             return None
-        pair = self._run(_split(tensors, tensors[self._latents].shape[0]))
+        pair = self._run(_split(tensors, tensors[self._latents].shape[0]), tensors[self._timestep])
         if pair is None:
             return None
         return torch.cat([pair[branch] for branch in BRANCHES])
@@ -192,14 +202,19 @@ class _Watcher:
         if self._step >= self._num_steps:
             return None
         inputs = pairs.inputs(tensors)
-        pair = self._run(inputs)
+        pair = self._run(inputs, tensors[self._timestep])
         if pair is None:
             return None
         self._pending = inputs[uncond], pair[uncond]
         return pair[cond].clone()
 
-    def _run(self, inputs: Mapping[Branch, Mapping[str, Tensor]]) -> Mapping[Branch, Tensor] | None:
-        call = GuidedCall(step=self._step, num_steps=self._num_steps, inputs=inputs)
+    def _run(
+        self, inputs: Mapping[Branch, Mapping[str, Tensor]], timestep: Tensor
+    ) -> Mapping[Branch, Tensor] | None:
+        timesteps = self._timesteps
+        if timesteps is not None and not _is_entry(timestep, timesteps, self._step):
+            timesteps = None
+        call = GuidedCall(step=self._step, num_steps=self._num_steps, inputs=inputs, timesteps=timesteps)
         self._step += 1
         pair = self._handler.step(call)
         self._covered = self._covered and pair is not None
@@ -238,7 +253,7 @@ class _Watcher:
         self._covered, self._pairs = True, TwoCalls(first, tensors, self._latents)
         # The conditional estimate has been given out; the handler still has to see the whole step.
         inputs = self._pairs.inputs(first)
-        pair = self._run(inputs)
+        pair = self._run(inputs, first[self._timestep])
         if pair is not None:
             self._pending = inputs[BRANCHES[0]], pair[BRANCHES[0]]
 
@@ -262,6 +277,7 @@ class _Watcher:
             key=lambda i: (min(_distance(timesteps[i], first), _distance(timesteps[i] / trained, first)), i),
         )
         _tell_first_step(self._scheduler, timesteps, start)
+        self._timesteps = self._scheduler.timesteps[start:]
         return len(timesteps) - start
 
     def _wrap(self, estimate: Tensor, kwargs: Mapping[str, Any]) -> Any:
@@ -286,6 +302,15 @@ def _tell_first_step(scheduler: Any, timesteps: Sequence[float], start: int) -> 
     unknown = getattr(scheduler, "step_index", 0) is None and getattr(scheduler, "begin_index", 0) is None
     if unknown and hasattr(scheduler, "set_begin_index") and len(set(timesteps)) == len(timesteps):
         scheduler.set_begin_index(start)
+
+
+def _is_entry(timestep: Tensor, timesteps: Tensor, index: int) -> bool:
+    """Whether `timestep` is memory of `timesteps` itself, at `index`, for every image of a batch."""
+    return (
+        timestep.dtype == timesteps.dtype and timestep.device == timesteps.device and index < len(timesteps)
+        and timestep.data_ptr() == timesteps.data_ptr() + index * timesteps.stride(0) * timesteps.element_size()
+        and all(size == 1 or stride == 0 for size, stride in zip(timestep.shape, timestep.stride()))
+    )
 
 
 def _distance(one: float, other: float) -> float:

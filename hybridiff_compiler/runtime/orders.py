@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..backends.once import memory_key
+from ..backends.kept import Moment, memory_key
+from ..capture.call import TIMESTEP
 from ..ir import BRANCHES, Branch, CallSignature
 from .transport import Channel, Incoming, Layout, Transport, allocate
 
@@ -46,9 +47,11 @@ DECODING = -5
 MAX_MISSED = 64
 """Steps that one order can tell a worker to catch up with."""
 
+_TIMESTEPS: Leaf = (BRANCHES[0], "")
+"""Stands for the timesteps of all steps, which belong to no branch and are no leaf."""
 _NONE = -1
 _UNCHANGED, _FOLLOWS, _SAME_AS_OTHER, _ON_DEVICE = range(4)
-_HEADER = struct.Struct(f"<5q{MAX_MISSED}h")
+_HEADER = struct.Struct(f"<6q{MAX_MISSED}h")
 _ALIGNMENT = 64
 
 
@@ -65,6 +68,8 @@ class Order:
     """The pattern of the next step that computes anything, when that is known already."""
     missed: tuple[int, ...] = ()
     """Patterns of the steps of this generation that this rank had no part in, since its last order."""
+    has_timesteps: bool = False
+    """Whether the timesteps of all steps are known."""
 
 
 def leaf_slots(signature: CallSignature) -> dict[Leaf, tuple[tuple[int, ...], torch.dtype]]:
@@ -78,8 +83,11 @@ def leaf_slots(signature: CallSignature) -> dict[Leaf, tuple[tuple[int, ...], to
 class _Format:
     """Where things are in an order."""
 
-    def __init__(self, signature: CallSignature) -> None:
+    def __init__(self, signature: CallSignature, steps: int) -> None:
         self.leaves = leaf_slots(signature)
+        timestep = self.leaves.get((BRANCHES[0], TIMESTEP))
+        if timestep is not None:
+            self.leaves[_TIMESTEPS] = (steps,), timestep[1]
         self.codes_at = _HEADER.size
         self.payload_at = -(-(_HEADER.size + len(self.leaves)) // _ALIGNMENT) * _ALIGNMENT
         self.nbytes = self.payload_at + Layout(list(self.leaves.values())).nbytes
@@ -105,14 +113,20 @@ class _Format:
 class OrderOutbox:
     """The driver's side: packs and sends orders, and knows which leaves every worker has."""
 
-    def __init__(self, transport: Transport, signature: CallSignature) -> None:
-        self._transport = transport
+    def __init__(self, transport: Transport, signature: CallSignature, steps: int) -> None:
+        """
+        Args:
+            transport: to the workers.
+            signature: one branch's call.
+            steps: of a generation.
+        """
+        self._transport, self._steps = transport, steps
         self._works: dict[int, list] = {rank: [None, None] for rank in range(1, transport.world_size)}
         self._turn = 0
         self._set_format(signature)
 
     def _set_format(self, signature: CallSignature) -> None:
-        self._format = _Format(signature)
+        self._format = _Format(signature, self._steps)
         workers = range(1, self._transport.world_size)
         self._buffers = {rank: [allocate(self._format.nbytes) for _ in range(2)] for rank in workers}
         self._seen: dict[Leaf, tuple[object, Tensor]] = {}
@@ -131,14 +145,16 @@ class OrderOutbox:
                 works[turn] = None
         self._set_format(signature)
 
-    def note(self, inputs: Mapping[Branch, Mapping[str, Tensor]]) -> None:
-        """Look at a step's inputs: which leaves are not what they were.
+    def note(self, inputs: Mapping[Branch, Mapping[str, Tensor]], timesteps: Tensor | None = None) -> None:
+        """Look at a step's inputs, and the timesteps of all steps if they are known: which are not what they were.
 
         A leaf is the same when it is the same memory, not written to since. Holding on to it keeps its memory from
         being handed out again, so that an equal address really means an equal tensor.
         """
         for leaf in self._format.leaves:
-            tensor = inputs[leaf[0]][leaf[1]]
+            tensor = timesteps if leaf == _TIMESTEPS else inputs[leaf[0]][leaf[1]]
+            if tensor is None:
+                continue
             key = memory_key(tensor)
             if key is None or leaf not in self._seen or self._seen[leaf][0] != key:
                 self._seen[leaf] = key, tensor
@@ -155,7 +171,10 @@ class OrderOutbox:
         missed = [*order.missed, *[_NONE] * (MAX_MISSED - len(order.missed))]
         memory = buffer.numpy().data
         pattern, following = (_NONE if p is None else p for p in (order.pattern, order.following))
-        _HEADER.pack_into(memory, 0, order.generation, order.step, pattern, following, len(order.missed), *missed)
+        _HEADER.pack_into(
+            memory, 0, order.generation, order.step, pattern, following, int(order.has_timesteps), len(order.missed),
+            *missed,
+        )
         memory[self._format.codes_at:self._format.codes_at + len(codes)] = codes
         used = self._format.payload_at
         if tensors:
@@ -172,7 +191,8 @@ class OrderOutbox:
         on_device: list[Tensor] = []
         for leaf in self._format.leaves:
             branch, path = leaf
-            if branch not in branches or has[leaf] == self._version[leaf]:
+            wanted = branches and leaf in self._seen if leaf == _TIMESTEPS else branch in branches
+            if not wanted or has[leaf] == self._version[leaf]:
                 codes.append(_UNCHANGED)
                 continue
             other: Leaf = (BRANCHES[0], path)
@@ -194,17 +214,19 @@ class OrderOutbox:
 class OrderInbox:
     """A worker's side: receives orders and keeps the newest leaves."""
 
-    def __init__(self, transport: Transport, signature: CallSignature) -> None:
-        self._transport = transport
+    def __init__(self, transport: Transport, signature: CallSignature, steps: int) -> None:
+        """See `OrderOutbox`."""
+        self._transport, self._steps = transport, steps
         self._turn = 0
         self.inputs: dict[Branch, dict[str, Tensor]] = {}
         """Per branch: leaf path -> tensor, as far as they were ever sent."""
         self._set_format(signature)
 
     def _set_format(self, signature: CallSignature) -> None:
-        self._format = _Format(signature)
+        self._format = _Format(signature, self._steps)
         self._buffers = [allocate(self._format.nbytes) for _ in range(2)]
         self.inputs = {branch: {} for branch in BRANCHES}
+        self._timesteps: Tensor | None = None
         self._next = self._ask()
 
     def resize(self, signature: CallSignature) -> None:
@@ -218,13 +240,17 @@ class OrderInbox:
         self._next.wait()
         self._next = self._ask()  # posted early, so that the driver's next message needs no round trip
         memory = buffer.numpy().data
-        generation, step, pattern, following, count, *missed = _HEADER.unpack_from(memory, 0)
+        generation, step, pattern, following, timed, count, *missed = _HEADER.unpack_from(memory, 0)
         codes = bytes(memory[self._format.codes_at:self._format.codes_at + len(self._format.leaves)])
         self._take(codes, buffer)
         return Order(
             generation, step, None if pattern == _NONE else pattern, None if following == _NONE else following,
-            tuple(missed[:count]),
+            tuple(missed[:count]), bool(timed),
         )
+
+    def moment(self, order: Order) -> Moment | None:
+        """Which step of which timesteps `order` is about, if those of all steps are known."""
+        return Moment(self._timesteps, order.step) if order.has_timesteps and self._timesteps is not None else None
 
     def _take(self, codes: bytes, buffer: Tensor) -> None:
         if not any(codes):
@@ -235,7 +261,10 @@ class OrderInbox:
             layout = self._format.layout(codes, _ON_DEVICE)
             received = iter(self._transport.receive(0, Channel.INPUTS, layout).wait())
         for (branch, path), code in zip(self._format.leaves, codes):
-            if code == _FOLLOWS:
+            if (branch, path) == _TIMESTEPS:
+                if code != _UNCHANGED:
+                    self._timesteps = next(views if code == _FOLLOWS else received).clone()
+            elif code == _FOLLOWS:
                 # New memory: a value that is kept for later steps may be a view of an input.
                 self.inputs[branch][path] = next(views).clone()
             elif code == _ON_DEVICE:

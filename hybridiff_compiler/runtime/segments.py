@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..backends import LAZY, compile_stage
 from ..backends.cuda_graph import Recorder, Replay, seconds_per_call
 from ..backends.hoisting import Hoisted
-from ..backends.once import RememberedOnce, memory_key
+from ..backends.kept import Moment, Remembered, memory_key
 from ..capture import CapturedDenoiser, StageGraph, capture, unflatten_call
 from ..ir import WHOLE, Branch, CallSignature, Partition, Pattern, PlanMismatchError, Read, Segment, lower
 
@@ -226,7 +226,7 @@ class SegmentRunner:
 
     def run(
         self, segment: Segment, inputs: Mapping[Branch, Mapping[str, Tensor]], values: Mapping[Slot, Tensor], *,
-        keep_estimates: bool = True,
+        keep_estimates: bool = True, moment: Moment | None = None,
     ) -> tuple[dict[Branch, Tensor], dict[Slot, Tensor]]:
         """Evaluate a segment.
 
@@ -235,6 +235,7 @@ class SegmentRunner:
             inputs: per branch, leaf path -> tensor.
             values: at least the sources of `values_read(segment)`.
             keep_estimates: whether estimates must last longer than until the next run (of any segment).
+            moment: which step this is, if the timesteps of all are known.
 
         Returns:
             The estimates by branch (empty unless the segment holds the last stage) and the written values.
@@ -247,9 +248,10 @@ class SegmentRunner:
             arguments.append(torch.cat([values[sources[b, name]] for b in segment.branches])
                              if len(segment.branches) > 1 else values[sources[segment.branches[0], name]])
         call = graph.call
-        results = list(
-            call(*arguments, leaves=len(graph.inputs)) if isinstance(call, Replay) else call(*arguments)
-        )
+        if isinstance(call, Replay):
+            results = list(call(*arguments, leaves=len(graph.inputs), moment=moment))
+        else:
+            results = list(call(*arguments, moment=moment) if isinstance(call, Remembered) else call(*arguments))
         estimates: dict[Branch, Tensor] = {}
         if segment.has_estimate:
             estimates = dict(zip(segment.branches, results.pop(0).chunk(len(segment.branches))))
@@ -267,7 +269,7 @@ class SegmentRunner:
         """A generation begins: nothing that was derived from inputs or weights is taken for unchanged."""
         self._joined.clear()
         for graph in self._graphs.values():
-            if isinstance(graph.call, (Replay, RememberedOnce)):
+            if isinstance(graph.call, (Replay, Remembered)):
                 graph.call.forget()
 
     @torch.no_grad()
@@ -323,7 +325,7 @@ class SegmentRunner:
             if self._recorder is not None:
                 graph = replace(graph, call=Replay(graph.call, graph.specs, self._device, self._recorder))
             elif isinstance(graph.call, Hoisted):
-                graph = replace(graph, call=RememberedOnce(graph.call))
+                graph = replace(graph, call=Remembered(graph.call))
             self._graphs[key] = graph
         return self._graphs[key]
 

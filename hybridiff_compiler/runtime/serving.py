@@ -79,7 +79,7 @@ class Server:
             neighbours=self._start["neighbours"],
         ).run()
         decoding = None if decoder is None else self._decode_rank(decoder)
-        inbox = OrderInbox(transport, plan.model.signature)
+        inbox = OrderInbox(transport, plan.model.signature, plan.num_steps)
         executor = executors.at(1)
         store.set(f"{READY}/{rank}", "")
         while True:
@@ -121,7 +121,8 @@ class Server:
             executor.skip(self._names[pattern])
         if order.pattern is not None:
             following = None if order.following is None else self._names[order.following]
-            executor.run(self._names[order.pattern], following, inbox.inputs)
+            moment = inbox.moment(order)
+            executor.run(self._names[order.pattern], following, inbox.inputs, moment)
 
     def _follow_trace(self, order: Order) -> None:
         done = f"{TRACED}/{order.following}/{self._rank}"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.cuda_graph import Recorder, recorder_for
+from ..backends.kept import Moment
 from ..ir import Branch, CallSignature, Pattern, Plan, PlanMismatchError, lower
 from .estimates import EstimateMemory
 from .intercept import GuidedCall
@@ -26,10 +27,13 @@ def run_pattern(
     pattern: Pattern,
     inputs: Mapping[Branch, Mapping[str, Tensor]],
     values: Mapping[Slot, Tensor],
+    *,
+    moment: Moment | None = None,
 ) -> tuple[dict[Branch, Tensor], dict[Slot, Tensor]]:
     """Evaluate every segment of `pattern` once.
 
-    Stale reads see `values` (what earlier steps left), fresh reads see what this step computed.
+    Stale reads see `values` (what earlier steps left), fresh reads see what this step computed. `moment`: which step
+    this is, if the timesteps of all are known.
 
     Returns:
         The computed estimates by branch, and the values this step computed.
@@ -38,7 +42,7 @@ def run_pattern(
     written: dict[Slot, Tensor] = {}
     for segment in lower(pattern):
         taken = {r.source: (values if r.stale else written)[r.source] for r in runner.values_read(segment)}
-        estimates, new = runner.run(segment, inputs, taken)
+        estimates, new = runner.run(segment, inputs, taken, moment=moment)
         computed.update(estimates)
         written.update(new)
     return computed, written
@@ -100,7 +104,7 @@ class Simulator:
         covered = call.num_steps == self.plan.num_steps
         pattern = self.plan.pattern(self._state.pattern_at(call.step) if covered else self.plan.exact)
         self.executed.append(pattern.name)
-        computed, written = run_pattern(self._runner, pattern, call.inputs, self._values)
+        computed, written = run_pattern(self._runner, pattern, call.inputs, self._values, moment=call.moment)
         self._values.update(written)
         pair = self._estimates.pair(pattern, computed, call.step)
         if covered and pattern.is_exact:

@@ -42,14 +42,16 @@ def test_numbers(package, need, small_stages, arguments):
 def test_never_runs_without_weights(package, need, small_stages, arguments):
     stage = small_stages[1]
     small = [name for name in stage_weights(stage) if name.endswith("bias")]
-    parts = {name: _open_package(package, model=name) for name in ("once", "model")}
+    parts = {name: _open_package(package, model=name) for name in ("once", "timed", "model")}
     executable = AotStage(parts["model"], stage_inputs(stage), small)
     with pytest.raises(UsageError, match="no weights yet"):
         executable(*arguments(stage))
     weights = stage_weights(stage)
     hoisted = set(parts["once"].get_constant_fqns())
     assert hoisted == {"embed.weight"}, "what is made of the prompt alone"
-    assert set(executable.weight_names) | hoisted == set(weights)
+    timed = set(parts["timed"].get_constant_fqns())
+    assert timed == {"time.weight"}, "what is made of the timestep alone"
+    assert set(executable.weight_names) | hoisted | timed == set(weights)
     some = {name: weights[name] for name in executable.weight_names[1:]}
     with pytest.raises(PlanMismatchError, match="reads 1 tensors that the denoiser lacks"):
         executable.bind(some)

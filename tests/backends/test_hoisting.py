@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from hybridiff_compiler.backends.cuda_graph import Replay, record_plainly
 from hybridiff_compiler.backends.hoisting import Hoisted, hoist
-from hybridiff_compiler.backends.once import RememberedOnce
+from hybridiff_compiler.backends.kept import Remembered
 from hybridiff_compiler.backends.stage_io import stage_inputs
 from hybridiff_compiler.capture import capture
 
@@ -55,7 +56,7 @@ def test_what_follows_from_steady_inputs_is_cut_out() -> None:
     }
     assert linear == {"once": ["key_weight", "size_weight", "value_weight"], "each": ["embed_weight", "query_weight"]}
     assert parts.once.inputs == ("prompt", "added.size")
-    assert parts.positions == (2, 3)
+    assert parts.once_takes == (2, 3)
     assert len(parts.once.values_out) == 3
     assert parts.each.values_in == parts.once.values_out
     assert [spec.name for spec in stage_inputs(parts.each)][:4] == list(stage.inputs)
@@ -63,7 +64,7 @@ def test_what_follows_from_steady_inputs_is_cut_out() -> None:
     assert not any("key" in name for name in held), "weights of the hoisted part are not held twice"
     for seed in range(3):
         given = arguments(seed)
-        got = Hoisted(parts.once.module, parts.each.module, parts.positions)(*given)
+        got = Hoisted.build(parts, lambda part: part.module)(*given)
         torch.testing.assert_close(got[0], stage.module(*given)[0], rtol=0, atol=0)
 
 
@@ -109,12 +110,12 @@ def counted(request):  # type: ignore[no-untyped-def]
         return parts.once.module(*given)
 
     specs = [(spec.shape, getattr(torch, spec.dtype)) for spec in stage_inputs(stage)]
-    hoisted = Hoisted(once, parts.each.module, parts.positions)
+    hoisted = replace(Hoisted.build(parts, lambda part: part.module), once=once)
     if request.param == "recorded":
         replay = Replay(hoisted, specs, torch.device("cpu"), record_plainly)
         runs, call = replay, partial(replay, leaves=4)
     else:
-        runs = call = RememberedOnce(hoisted)
+        runs = call = Remembered(hoisted)
 
     def check(given: list[Tensor]) -> int:
         before = len(calls)

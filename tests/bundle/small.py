@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from runtime.tiny import TinyDenoiser, TinyPipeline, tiny_plan
-from torch import Tensor
+from runtime.tiny import WIDTH, TinyDenoiser, TinyPipeline, tiny_plan
+from torch import Tensor, nn
 
 from hybridiff_compiler.ir import Plan
 
@@ -15,14 +15,23 @@ TABLES = (
 )
 
 
+FREQUENCIES = 96
+
+
 class PlainDenoiser(TinyDenoiser):
-    """`TinyDenoiser` without the operator that can fail."""
+    """`TinyDenoiser` without the operator that can fail, with an embedding of the timestep wide enough to be computed
+    for many steps at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time = nn.Linear(FREQUENCIES, WIDTH)
 
     def forward(
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, return_dict: bool = True
     ) -> tuple[Tensor]:
         """As the parent's."""
-        embedding = self.embed(encoder_hidden_states.mean(1)) + torch.sin(timestep / 100)
+        waves = torch.sin(timestep.reshape(-1, 1) / 100 * torch.arange(1, FREQUENCIES + 1) / FREQUENCIES)
+        embedding = self.embed(encoder_hidden_states.mean(1)) + self.time(waves)
         hidden = first = self.head(sample)
         for block in self.blocks:
             hidden = block(hidden, embedding)

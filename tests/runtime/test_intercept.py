@@ -144,3 +144,45 @@ def test_a_generation_may_begin_at_a_later_step():
     scheduler.set_timesteps(6)
     _tell_first_step(scheduler, [5.0, 5.0, 1.0], 0)
     assert scheduler.begin_index is None, "timesteps that are not distinct"
+
+
+class Timesteps(Log):
+    """Remembers the timesteps that it is told, and the step's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.told, self.own = [], []
+
+    def step(self, call):
+        self.told.append(None if call.timesteps is None else call.timesteps.clone())
+        self.own.append(float(call.inputs["cond"]["timestep"]))
+        return super().step(call)
+
+
+def test_the_timesteps_of_all_steps_are_told(bench):
+    log = Timesteps()
+    with intercept(bench.pipe, log):
+        bench.image(steps=5)
+    assert len(log.told) == 5
+    for told in log.told:
+        assert told.tolist() == log.own
+
+
+@pytest.mark.parametrize("change", [lambda t: t / 1000, lambda t: t + 1, lambda t: t.clone(), lambda t: t.double()])
+def test_timesteps_that_are_not_the_scheduler_s_own_are_not_told(bench, change):
+    """What a pipeline makes of them for its next steps cannot be known."""
+    log = Timesteps()
+    with intercept(bench.pipe, log):
+        routed = bench.denoiser.forward
+
+        def changed(*args, **kwargs):
+            if "timestep" in kwargs:
+                return routed(*args, **kwargs | {"timestep": change(kwargs["timestep"])})
+            return routed(args[0], change(args[1]), *args[2:], **kwargs)
+
+        bench.denoiser.forward = changed
+        try:
+            bench.image(steps=3)
+        finally:
+            bench.denoiser.forward = routed
+    assert log.told == [None] * 3

@@ -14,6 +14,7 @@ from hybridiff_compiler.ir import CallSignature, LeafSpec
 from hybridiff_compiler.runtime.orders import MAX_MISSED, Order, OrderInbox, OrderOutbox
 from hybridiff_compiler.runtime.transport import Channel, Layout, PeerError, Transport
 
+STEPS = 9
 SIGNATURE = CallSignature(leaves=(
     LeafSpec(path="sample", shape=(1, 4, 8, 8), dtype="float32"),
     LeafSpec(path="timestep", shape=(), dtype="int64"),
@@ -113,7 +114,7 @@ def test_lost_peer_is_noticed(pair) -> None:
 
 def test_orders_carry_only_what_changed(pair) -> None:
     a, b = pair
-    outbox, inbox = OrderOutbox(a, SIGNATURE), OrderInbox(b, SIGNATURE)
+    outbox, inbox = OrderOutbox(a, SIGNATURE, STEPS), OrderInbox(b, SIGNATURE, STEPS)
     text = torch.randn(2, 5, 8).half()
     sizes = []
     for step in range(3):
@@ -131,9 +132,30 @@ def test_orders_carry_only_what_changed(pair) -> None:
     assert sizes[1] == sizes[2]
 
 
+def test_the_timesteps_of_all_steps_travel_once_per_generation(pair) -> None:
+    a, b = pair
+    outbox, inbox = OrderOutbox(a, SIGNATURE, STEPS), OrderInbox(b, SIGNATURE, STEPS)
+    text = torch.randn(2, 5, 8).half()
+    for generation in range(2):
+        timesteps, sizes = torch.arange(STEPS).float() + generation, []
+        for step in range(3):
+            outbox.note(inputs(step, text), timesteps)
+            before = a.sent_bytes[Channel.ORDERS]
+            outbox.send(1, Order(generation, step, 0, None, has_timesteps=True), ("cond",))
+            sizes.append(a.sent_bytes[Channel.ORDERS] - before)
+            moment = inbox.moment(inbox.receive())
+            assert moment is not None
+            assert moment.step == step
+            assert torch.equal(moment.timesteps, timesteps)
+        assert sizes[0] > sizes[1] == sizes[2]
+    outbox.note(inputs(0, text))
+    outbox.send(1, Order(2, 0, 0, None), ("cond",))
+    assert inbox.moment(inbox.receive()) is None, "they are unknown in this generation"
+
+
 def test_a_branch_that_is_needed_later_arrives_then(pair) -> None:
     a, b = pair
-    outbox, inbox = OrderOutbox(a, SIGNATURE), OrderInbox(b, SIGNATURE)
+    outbox, inbox = OrderOutbox(a, SIGNATURE, STEPS), OrderInbox(b, SIGNATURE, STEPS)
     text = torch.randn(2, 5, 8).half()
     for step, branches in enumerate([("cond",), ("cond", "uncond"), (), ("uncond",)]):
         outbox.note(inputs(step, text))
@@ -148,7 +170,7 @@ def test_a_branch_that_is_needed_later_arrives_then(pair) -> None:
 
 def test_in_place_edits_and_inference_tensors_travel(pair) -> None:
     a, b = pair
-    outbox, inbox = OrderOutbox(a, SIGNATURE), OrderInbox(b, SIGNATURE)
+    outbox, inbox = OrderOutbox(a, SIGNATURE, STEPS), OrderInbox(b, SIGNATURE, STEPS)
     text = torch.zeros(2, 5, 8).half()
     for step in range(4):
         text.add_(1)
@@ -168,7 +190,7 @@ def test_in_place_edits_and_inference_tensors_travel(pair) -> None:
 
 def test_inputs_outlive_their_message(pair) -> None:
     a, b = pair
-    outbox, inbox = OrderOutbox(a, SIGNATURE), OrderInbox(b, SIGNATURE)
+    outbox, inbox = OrderOutbox(a, SIGNATURE, STEPS), OrderInbox(b, SIGNATURE, STEPS)
     text = torch.randn(2, 5, 8).half()
     kept = []
     for step in range(4):
@@ -181,7 +203,7 @@ def test_inputs_outlive_their_message(pair) -> None:
 
 def test_catching_up_only(pair) -> None:
     a, b = pair
-    outbox, inbox = OrderOutbox(a, SIGNATURE), OrderInbox(b, SIGNATURE)
+    outbox, inbox = OrderOutbox(a, SIGNATURE, STEPS), OrderInbox(b, SIGNATURE, STEPS)
     order = Order(3, 70, None, None, tuple(range(MAX_MISSED)))
     outbox.send(1, order, ())
     assert inbox.receive() == order
