@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field
@@ -20,7 +21,8 @@ class StageCost(Data):
     """Branches evaluated together."""
     seconds: float = Field(gt=0)
     spread: float = Field(default=0.0, ge=0)
-    """Relative inter-quartile range over the repeats, or the distance between two moments of the session if larger."""
+    """Relative inter-quartile range over the repeats, with the drift of the machine during the session if that was
+    watched: what another measurement may well differ by."""
 
 
 class Link(Data):
@@ -65,7 +67,7 @@ class LayerTiming(Data):
     graph of the whole, uncompiled or compiled. `eager-graph`: as `graph`, taken as shares of the compiled whole.
     `roofline`: estimated from arithmetic and bytes."""
     spread: dict[int, tuple[float, ...]] = Field(default={})
-    """Per batch and layer: relative inter-quartile range over the repeats."""
+    """Per batch and layer, as that of a stage."""
     whole_s: dict[int, float] = Field(default={})
     """Per batch: seconds of the whole, to which the layers' sum is scaled."""
     raw_sum: dict[int, float] = Field(default={})
@@ -103,14 +105,17 @@ class Costs(Data):
     timing: LayerTiming | None = None
     """How `layers` came about; None in profiles from before this was noted."""
 
-    def with_spread(self, least: float) -> Costs:
-        """With relative spreads of layers and stages of at least `least`."""
+    def with_drift(self, drift: float) -> Costs:
+        """With relative spreads of layers and stages that cover an independent `drift` of everything, too."""
         timing = self.timing
         if timing is not None:
             timing = timing.model_copy(update={"spread": {
-                batch: tuple(max(spread, least) for spread in row) for batch, row in timing.spread.items()
+                batch: tuple(float(f"{math.hypot(spread, drift):.3g}") for spread in row)
+                for batch, row in timing.spread.items()
             }})
-        stages = tuple(cost.model_copy(update={"spread": max(cost.spread, least)}) for cost in self.stages)
+        stages = tuple(
+            cost.model_copy(update={"spread": math.hypot(cost.spread, drift)}) for cost in self.stages
+        )
         return self.model_copy(update={"stages": stages, "timing": timing})
 
     def stage_seconds(self, partition: str, stages: tuple[int, ...], batch: int) -> float | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import math
 import platform
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from ..ir import (
+    WHOLE,
     Costs,
     Guidance,
     LayerGraph,
@@ -30,6 +30,7 @@ from ..runtime.intercept import find_denoiser
 from ..runtime.segments import SegmentRunner
 from .attribution import weighted
 from .compounding import fit_schedules
+from .drift import Drift
 from .error_helpers import ErrorHelpers
 from .errors import Curves, ErrorMeasurement, ErrorSettings
 from .generate import FirstCall, Generation, noise_levels, prompts_digest
@@ -37,7 +38,7 @@ from .jobs import GraphBuilder, Job
 from .partial import Partial, weights_digest
 from .redundancy import SURVEYED_PROMPTS, survey_redundancy
 from .settling import measure_costs
-from .timers import LocalTimers, timers_for
+from .timers import timers_for
 from .timing import pinned_threads
 
 __all__ = ["ProfileSession", "Progress"]
@@ -98,7 +99,8 @@ class ProfileSession:
         self._rounds, self._backend, self._partial_path = rounds, backend, partial
         self._random_weights, self._tables_for = random_weights, tables_for
         self._helpers = helpers
-        self._progress: Progress = on_progress or (lambda stage, done, total: None)
+        self._on_progress: Progress = on_progress or (lambda stage, done, total: None)
+        self._drift: Drift | None = None
         _, self._denoiser = find_denoiser(generation.pipe)
 
     def measure(
@@ -140,6 +142,9 @@ class ProfileSession:
         graph = bare.layers
         if known is not None:
             self._check_same(known, graph)
+        self._drift = self._watch_drift(bare, call.inputs, known.patterns if known is not None else tables(
+            graph, [layer.flops + 1.0 for layer in graph.layers], None
+        )[1])
         partial = Partial(None if known is not None else self._partial_path, self._settings(graph))
         if partial.found:
             self._progress(f"continuing {self._partial_path} ({partial.found} parts are done)", 1, 1)
@@ -161,7 +166,7 @@ class ProfileSession:
             })
         if known is not None:
             return known.model_copy(update={
-                "model": self._model(graph), "costs": costs, "provenance": self._provenance(),
+                "model": self._model(graph), "costs": self._with_drift(costs), "provenance": self._provenance(),
                 "noise_levels": levels, "errors_provenance": known.errors_provenance or known.provenance,
             })
         profile = self._with_errors(costs, graph, levels, proposals, partial)
@@ -169,7 +174,7 @@ class ProfileSession:
         if redundancy is not None and profile.redundancy is not None:
             redundancy = Redundancy(change=redundancy.change | profile.redundancy.change)
         return profile.model_copy(update={
-            "costs": self._timed_again(bare, call.inputs, profile.costs),
+            "costs": self._with_drift(profile.costs),
             "redundancy": redundancy or profile.redundancy,
         })
 
@@ -190,18 +195,23 @@ class ProfileSession:
         self._partitions, self._patterns = measured.partitions, measured.patterns
         return measured.costs
 
-    def _timed_again(self, bare: SegmentRunner, inputs: Any, costs: Costs) -> Costs:
-        """`costs` whose spreads cover how far the whole's time has moved while errors were measured."""
-        timing, device = costs.timing, next(self._denoiser.parameters()).device
-        if device.type != "cpu" or self._backend != "eager" or timing is None or 1 not in timing.whole_s:
-            return costs  # elsewhere it would have to be compiled again
-        exact = next(pattern for pattern in self._patterns if pattern.is_exact and pattern.world_size == 2)
+    def _progress(self, stage: str, done: int, total: int) -> None:
+        if self._drift is not None:
+            self._drift.look()
+        self._on_progress(stage, done, total)
+
+    def _watch_drift(self, bare: SegmentRunner, inputs: Any, patterns: Sequence[Pattern]) -> Drift | None:
+        """Where samples cost little, and other processes at work do not make them longer."""
+        if next(self._denoiser.parameters()).device.type != "cpu" or self._backend != "eager" or self._threads != 1:
+            return None
+        exact = next(pattern for pattern in patterns if pattern.is_exact and pattern.partition == WHOLE)
         builder = GraphBuilder(self._denoiser, self._signature, inputs, {1: bare.captured(1)})
         with pinned_threads(self._threads):
-            timers = LocalTimers(builder)
-            timers.start({"whole": Job(kind="segment", backend=self._backend, patterns=(exact,))})
-            (again,) = timers.finish(self._rounds, math.inf, lambda done, total: None)["whole"]
-        return costs.with_spread(abs(again.median / timing.whole_s[1] - 1))
+            return Drift(builder.sampler(Job(kind="segment", backend=self._backend, patterns=(exact,))))
+
+    def _with_drift(self, costs: Costs) -> Costs:
+        """`costs` whose spreads cover how far the whole's time has moved during the session."""
+        return costs if self._drift is None else costs.with_drift(self._drift.spread)
 
     def _with_errors(
         self, costs: Costs, graph: LayerGraph, levels: tuple[float, ...], proposals: Proposals,
