@@ -314,8 +314,8 @@ class Driver:
             missed.clear()
 
     def _moment(self, call: GuidedCall) -> Moment | None:
-        """Known to all ranks alike; orders have room for the timesteps of the plan's number of steps."""
-        return call.moment if call.num_steps == self.plan.num_steps else None
+        """Known to all ranks alike, if orders have room for so many timesteps."""
+        return call.moment if self._outbox is None or call.num_steps <= self._outbox.steps else None
 
     def _following(self, step: int, num_steps: int) -> str | None:
         """The pattern of the next step that computes anything, if it is known before this step has run.

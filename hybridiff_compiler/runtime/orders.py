@@ -118,20 +118,21 @@ class OrderOutbox:
         Args:
             transport: to the workers.
             signature: one branch's call.
-            steps: of a generation.
+            steps: so many timesteps an order has room for.
         """
-        self._transport, self._steps = transport, steps
+        self._transport, self.steps = transport, steps
         self._works: dict[int, list] = {rank: [None, None] for rank in range(1, transport.world_size)}
         self._turn = 0
         self._set_format(signature)
 
     def _set_format(self, signature: CallSignature) -> None:
-        self._format = _Format(signature, self._steps)
+        self._format = _Format(signature, self.steps)
         workers = range(1, self._transport.world_size)
         self._buffers = {rank: [allocate(self._format.nbytes) for _ in range(2)] for rank in workers}
         self._seen: dict[Leaf, tuple[object, Tensor]] = {}
         self._version: dict[Leaf, int] = dict.fromkeys(self._format.leaves, 0)
         self._has: dict[int, dict[Leaf, int]] = {rank: dict.fromkeys(self._format.leaves, -1) for rank in workers}
+        self._timesteps = torch.zeros(0)
 
     def resize(self, generation: int, images: int, signature: CallSignature) -> None:
         """Have all workers go on with calls of `signature`, which has `images` images per branch."""
@@ -159,6 +160,9 @@ class OrderOutbox:
             if key is None or leaf not in self._seen or self._seen[leaf][0] != key:
                 self._seen[leaf] = key, tensor
                 self._version[leaf] += 1
+                if leaf == _TIMESTEPS:
+                    room = self.steps - len(tensor)
+                    self._timesteps = torch.cat([tensor, tensor.new_zeros(room)]) if room else tensor
 
     def send(self, rank: int, order: Order, branches: Collection[Branch]) -> None:
         """Send an order with the changed leaves of `branches`."""
@@ -199,7 +203,7 @@ class OrderOutbox:
             if branch != other[0] and has[other] == self._version[other] and self._is_shared(path):
                 codes.append(_SAME_AS_OTHER)
             else:
-                tensor = self._seen[leaf][1]
+                tensor = self._timesteps if leaf == _TIMESTEPS else self._seen[leaf][1]
                 apart = travels_apart(tensor)
                 codes.append(_ON_DEVICE if apart else _FOLLOWS)
                 (on_device if apart else tensors).append(tensor)

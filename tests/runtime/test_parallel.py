@@ -100,7 +100,7 @@ def test_constants_travel_once_per_generation(pipe2: TinyPipeline, two_ranks: Pa
     assert traffic[Channel.ORDERS][0] == 8
     assert traffic[Channel.VALUES] == (0, 0)
     steps = [after - before for before, after in pairwise(sizes)]
-    assert steps[0] - steps[1] == 192  # the cond embeddings: 160 bytes, aligned
+    assert steps[0] - steps[1] == 192 + 64  # the cond embeddings: 160 bytes, and 8 timesteps, aligned
     assert set(steps[1:]) == {steps[1]}
     assert steps[1] < 2000  # latents 1024, timestep 64, header
 
@@ -155,6 +155,20 @@ def test_other_calls_still_give_the_right_image(
         pipe2(1, size=16)
         pipe2(1, num_inference_steps=5)
     assert torch.equal(pipe2(1), simulate(plan, 1))
+
+
+@pytest.mark.parametrize("steps", [5, 12])
+def test_plans_of_other_lengths(
+    steps: int, pipe2: TinyPipeline, two_ranks: ParallelPipeline, simulate: Simulate
+) -> None:
+    """The ranks were started for 8 steps; a plan of their tables may have fewer or more."""
+    before = two_ranks.plan
+    plan = before.with_steps(("branch", *["paper"] * (steps - 1)))
+    two_ranks.use(plan)
+    try:
+        assert torch.equal(pipe2(1, num_inference_steps=steps), simulate(plan, 1, num_inference_steps=steps))
+    finally:
+        two_ranks.use(before)
 
 
 def test_interrupted_generation_then_a_normal_one(
