@@ -230,7 +230,8 @@ def memory_key(tensor: Tensor) -> Sequence[object] | None:
 def _steady(call: Hoisted, arguments: int) -> list[int]:
     """Positions of the stage's arguments, so many in all, that its results at any timestep depend on."""
     timestep, *others = call.timed_takes
-    return sorted({*call.once_takes, *(index for index in others if index < arguments)} - {timestep})
+    through_once = call.once_takes if any(index >= arguments for index in others) else ()
+    return sorted({*through_once, *(index for index in others if index < arguments)} - {timestep})
 
 
 def _stack(timestep: Tensor, moment: Moment | None) -> Tensor:

@@ -30,7 +30,7 @@ from ..ir import WorkerError
 
 __all__ = [
     "FAILED", "HELD", "JOINED", "READY", "REPORTED", "RESIZED", "TIMED", "TRACED", "Pool", "WorkerPool", "die_with",
-    "open_store", "read_frame", "write_frame",
+    "open_store", "read_frame", "wait_until_set", "write_frame",
 ]
 
 class Pool(Protocol):
@@ -134,6 +134,23 @@ class _Worker:
     """What it writes to standard output and error."""
 
 
+def wait_until_set(pool: Pool, store: dist.Store, key: str, ranks: Sequence[int], *, timeout_s: float) -> None:
+    """Wait until each of `ranks` has set `key/rank` in the store.
+
+    Raises:
+        WorkerError: a rank of `pool` has ended, or the time is over.
+    """
+    deadline = time.monotonic() + timeout_s
+    waiting = list(ranks)
+    while waiting:
+        waiting = [rank for rank in waiting if not store.check([f"{key}/{rank}"])]
+        if pool.first_gone() is not None:
+            raise pool.failure("starting")
+        if waiting and time.monotonic() > deadline:
+            raise pool.failure("starting", silent=waiting, timeout_s=timeout_s)
+        time.sleep(0.01)
+
+
 class WorkerPool:
     """The workers of one plan."""
 
@@ -194,15 +211,7 @@ class WorkerPool:
         Raises:
             WorkerError: a worker failed, or the time is over.
         """
-        deadline = time.monotonic() + timeout_s
-        waiting = [worker.rank for worker in self._workers]
-        while waiting:
-            waiting = [rank for rank in waiting if not self._store.check([f"{key}/{rank}"])]
-            if any(worker.process.poll() is not None for worker in self._workers):
-                raise self.failure("starting")
-            if waiting and time.monotonic() > deadline:
-                raise self.failure("starting", silent=waiting, timeout_s=timeout_s)
-            time.sleep(0.01)
+        wait_until_set(self, self._store, key, [worker.rank for worker in self._workers], timeout_s=timeout_s)
 
     def tell(self, key: str, value: str) -> None:
         """Set `key` in the store."""

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from ..ir import Plan, UsageError, WorkerError
-from .processes import FAILED
+from .processes import FAILED, wait_until_set
 from .serving import Server
 from .settings import NumericSettings
 from .transport import PeerError
@@ -161,15 +161,7 @@ class TorchrunPool:
 
     def wait_for(self, key: str, *, timeout_s: float) -> None:
         """See `Pool`."""
-        deadline = time.monotonic() + timeout_s
-        waiting = list(self._ranks)
-        while waiting:
-            waiting = [rank for rank in waiting if not self._store.check([f"{key}/{rank}"])]
-            if self.first_gone() is not None:
-                raise self.failure("starting")
-            if waiting and time.monotonic() > deadline:
-                raise self.failure("starting", silent=waiting, timeout_s=timeout_s)
-            time.sleep(0.01)
+        wait_until_set(self, self._store, key, self._ranks, timeout_s=timeout_s)
 
     def tell(self, key: str, value: str) -> None:
         """See `Pool`."""

@@ -30,7 +30,8 @@ class PlainDenoiser(TinyDenoiser):
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, return_dict: bool = True
     ) -> tuple[Tensor]:
         """As the parent's."""
-        waves = torch.sin(timestep.reshape(-1, 1) / 100 * torch.arange(1, FREQUENCIES + 1) / FREQUENCIES)
+        steps = torch.arange(1, FREQUENCIES + 1, device=timestep.device) / FREQUENCIES
+        waves = torch.sin(timestep.reshape(-1, 1) / 100 * steps)
         embedding = self.embed(encoder_hidden_states.mean(1)) + self.time(waves)
         hidden = first = self.head(sample)
         for block in self.blocks:

@@ -10,7 +10,10 @@ import pytest
 import torch
 
 import hybridiff_compiler as hc
+from hybridiff_compiler.backends import BACKENDS as BACKENDS_HERE
 from hybridiff_compiler.backends.artifact import artifact_backend
+from hybridiff_compiler.backends.cuda_graph import record_plainly
+from hybridiff_compiler.backends.hoisting import Hoisted, hoist
 from hybridiff_compiler.bundle import Bundle, resolve_plan, write_bundle
 from hybridiff_compiler.bundle.writing import distinct_stages
 from hybridiff_compiler.ir import WHOLE, InputError, Pattern, PlanMismatchError, UsageError, WorkerError, lower
@@ -235,3 +238,30 @@ print(sorted(loaded & {{"torch._dynamo", "torch._inductor", "torch.onnx", "onnx"
     variables = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=variables)
     assert (ran.returncode, ran.stdout.strip()) == (0, "[]"), ran.stderr
+
+
+def test_timed_parts_are_computed_once_per_generation(pipe, plan, monkeypatch):
+    """From the scheduler's timesteps to the graphs, without a compiler: the parts run as they are."""
+    calls = []
+
+    def hoisted(stage):
+        parts = hoist(stage)
+        assert parts is not None
+
+        def compiled(part):
+            if part is not parts.timed:
+                return part.module
+            return lambda *given: (calls.append(stage), part.module(*given))[1]
+
+        return Hoisted.build(parts, compiled)
+
+    exact = simulate(pipe, plan)
+    monkeypatch.setitem(BACKENDS_HERE, "eager", hoisted)
+    for recorder in (None, record_plainly):
+        simulator = Simulator(plan, pipe.denoiser, recorder=recorder)
+        _generate(pipe, simulator)
+        for generation in range(2):
+            calls.clear()
+            assert (_generate(pipe, simulator) - exact).abs().max() <= TOLERANCE
+            # The whole denoiser's and the outer stage's; both branches share what follows from the timestep alone.
+            assert len({id(stage) for stage in calls}) == len(calls) == 2
