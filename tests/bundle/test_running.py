@@ -260,7 +260,7 @@ def test_timed_parts_are_computed_once_per_generation(pipe, plan, monkeypatch):
     for recorder in (None, record_plainly):
         simulator = Simulator(plan, pipe.denoiser, recorder=recorder)
         _generate(pipe, simulator)
-        for generation in range(2):
+        for _ in range(2):
             calls.clear()
             assert (_generate(pipe, simulator) - exact).abs().max() <= TOLERANCE
             # The whole denoiser's and the outer stage's; both branches share what follows from the timestep alone.
