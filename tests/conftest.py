@@ -14,8 +14,8 @@ from hybridiff_compiler import reference_models
 from hybridiff_compiler.ir import ModelInfo, Partition, Pattern, Plan, RankSpec
 from hybridiff_compiler.ir.schedule import FixedSchedule, parse_steps
 from hybridiff_compiler.profiler.generate import FirstCall, Generation
+from hybridiff_compiler.runtime.branch_calls import capture_branch
 from hybridiff_compiler.runtime.intercept import find_denoiser
-from hybridiff_compiler.runtime.segments import capture_branch
 
 # A shell that starts the tests in the background makes them ignore Ctrl-C, and their subprocesses too; some test it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

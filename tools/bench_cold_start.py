@@ -245,8 +245,8 @@ def _build(arguments: argparse.Namespace, pipe: Any, options: Any, clock: _Clock
 def _plan(arguments: argparse.Namespace, pipe: Any, options: Any) -> Any:
     """The exact plan: both branches batched on one rank, or one on each of two."""
     from hybridiff_compiler.ir import WHOLE, FixedSchedule, ModelInfo, Pattern, Plan, RankSpec
+    from hybridiff_compiler.runtime.branch_calls import capture_branch
     from hybridiff_compiler.runtime.intercept import find_denoiser, intercept
-    from hybridiff_compiler.runtime.segments import capture_branch
 
     class Recorder:
         signature: Any = None

@@ -83,8 +83,8 @@ def _export(arguments: argparse.Namespace) -> None:
     from hybridiff_compiler.backends.stage_io import stage_inputs, stage_outputs, stage_weights
     from hybridiff_compiler.planner import candidate_partitions
     from hybridiff_compiler.quality.architectures import random_model
+    from hybridiff_compiler.runtime.branch_calls import capture_branch
     from hybridiff_compiler.runtime.intercept import find_denoiser, intercept
-    from hybridiff_compiler.runtime.segments import capture_branch
 
     signature: Any = None
 

@@ -33,8 +33,9 @@ from ..ir import (
     Redundancy,
 )
 from ..quality import MAX_PSNR_DB, psnr
+from ..runtime.branch_calls import scale_signature
 from ..runtime.intercept import find_denoiser
-from ..runtime.segments import SegmentRunner, scale_signature
+from ..runtime.segments import SegmentRunner
 from ..runtime.simulator import Simulator
 from .attribution import grouped_errors
 from .batches import Batch, block_borders, blocks_of

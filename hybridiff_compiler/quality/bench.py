@@ -38,11 +38,11 @@ from ..planner.policy import paper_schedule
 from ..planner.reference import alternating_steps
 from ..profiler.session import device_name
 from ..report.results import BenchModel, BenchResults, BenchRow
+from ..runtime.branch_calls import capture_branch
 from ..runtime.decode_route import DecodeMode
 from ..runtime.intercept import GuidedCall, find_denoiser, intercept
 from ..runtime.memory import forget_peak, peak_bytes
 from ..runtime.parallelize import ParallelPipeline
-from ..runtime.segments import capture_branch
 from .measure import loop_timed
 
 __all__ = ["MANY_ROWS", "ROWS", "Bench", "bench_results", "default_rows", "predicted_seconds"]

@@ -19,9 +19,10 @@ from ..ir import FixedSchedule, Plan
 from ..profiler.generate import Generation
 from ..profiler.timing import pinned_threads
 from ..report import Row, count_patterns
+from ..runtime.branch_calls import scale_signature
 from ..runtime.intercept import find_denoiser
 from ..runtime.parallelize import ParallelPipeline, parallelize
-from ..runtime.segments import SegmentRunner, scale_signature
+from ..runtime.segments import SegmentRunner
 from .contenders import Contender, all_tables
 from .coverage import check_covered
 from .measure import QualityError, Sample, generate, max_abs_diff, simulate

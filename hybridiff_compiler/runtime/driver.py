@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..backends.kept import Moment
 from ..ir import Branch, CallSignature, Plan, PlanMismatchError, UsageError
+from .branch_calls import batch_factor, scale_signature
 from .decode_ranks import DecodeRank
 from .estimates import EstimateMemory
 from .executor import RankExecutors
@@ -23,7 +24,6 @@ from .memory import peak_bytes
 from .orders import DECODING, MAX_MISSED, REPORTING, TIMING, TRACING, Order, OrderOutbox
 from .processes import REPORTED, RESIZED, TIMED, TRACED, Pool
 from .schedule_state import ScheduleState
-from .segments import batch_factor, scale_signature
 from .trace import RankTrace, merge_traces
 from .transport import PeerError, Transport
 from .watch import DeviceWatch

@@ -12,8 +12,9 @@ from ..backends.cuda_graph import Recorder, recorder_for
 from ..backends.kept import Moment
 from ..capture import CapturedDenoiser
 from ..ir import Branch, Plan, PlanMismatchError, Segment
+from .branch_calls import capture_branch, scale_signature
 from .exchange import Exchange, Flow, Message, Slot
-from .segments import SegmentRunner, capture_branch, is_bundle, scale_signature, stored_graphs
+from .segments import SegmentRunner, is_bundle, stored_graphs
 from .transport import Channel, Incoming, Layout, Transport
 
 if TYPE_CHECKING:

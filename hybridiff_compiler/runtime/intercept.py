@@ -10,10 +10,9 @@ original forward.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -24,8 +23,8 @@ from torch import Tensor, nn
 from ..backends.kept import Moment
 from ..capture import flatten_call, step_parameters
 from ..ir import BRANCHES, Branch, CallSignature, InputError
+from .scheduler_watch import SchedulerWatch
 from .two_calls import TwoCalls, differing_shapes
-from .waiting import WaitingMethod
 
 __all__ = ["GuidedCall", "StepHandler", "find_denoiser", "intercept", "is_intercepted"]
 
@@ -107,12 +106,12 @@ def intercept(
 
     registry = HookRegistry.check_if_exists_or_initialize(denoiser)
     registry.register_hook(RouteToHandler(), _HOOK)
-    watcher.watch_scheduler()
+    watcher.scheduler.follow()
     try:
         yield
     finally:
         registry.remove_hook(_HOOK)
-        watcher.release_scheduler()
+        watcher.scheduler.release()
 
 
 class _Watcher:
@@ -121,17 +120,13 @@ class _Watcher:
     def __init__(
         self, pipe: Any, denoiser: nn.Module, handler: StepHandler, settle: Callable[[], None] | None
     ) -> None:
-        self._settle, self._hooked = settle, list[str]()
-        self._pipe, self._denoiser, self._handler = pipe, denoiser, handler
+        self.scheduler = SchedulerWatch(pipe, settle)
+        self._denoiser, self._handler = denoiser, handler
         self._latents, self._timestep = step_parameters(denoiser)
         parameters = inspect.signature(type(denoiser).forward).parameters
         self._return_dict = "return_dict" not in parameters or bool(parameters["return_dict"].default)
-        self._scheduler: Any = None
-        self._fresh = True
         self._covered = False
         self._step = self._num_steps = 0
-        self._timesteps: Tensor | None = None
-        """The scheduler's, from the first step of this generation on."""
         self._signature: CallSignature | None = None
         self._first: Mapping[str, Tensor] | None = None
         """The first call of a generation, until the second one tells whether it was half of a pair."""
@@ -140,35 +135,11 @@ class _Watcher:
         """Inputs and estimate of the second call that is to come."""
         self._said: set[str] = set()
 
-    def watch_scheduler(self) -> None:
-        """Hook `set_timesteps` (and `step`) of the pipeline's present scheduler (it may be replaced at any time)."""
-        scheduler = self._pipe.scheduler
-        original = scheduler.set_timesteps
-
-        @functools.wraps(original)
-        def set_timesteps(*args: Any, **kwargs: Any) -> Any:
-            self._fresh = True
-            return original(*args, **kwargs)
-
-        scheduler.set_timesteps = set_timesteps
-        self._hooked = ["set_timesteps"]
-        if self._settle is not None and hasattr(scheduler, "step"):
-            scheduler.step = WaitingMethod(self._settle).wrap(scheduler.step)
-            self._hooked.append("step")
-        self._scheduler, self._fresh = scheduler, True
-
-    def release_scheduler(self) -> None:
-        """Undo `watch_scheduler`."""
-        for name in self._hooked:
-            self._scheduler.__dict__.pop(name, None)
-
     def call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One denoiser call: a step for the handler, or the original forward."""
-        if self._pipe.scheduler is not self._scheduler:
-            self.release_scheduler()
-            self.watch_scheduler()
+        self.scheduler.follow()
         signature, tensors = flatten_call(self._denoiser, args, kwargs)
-        if self._fresh:
+        if self.scheduler.fresh:
             self._begin(signature, tensors)
         elif self._first is not None:
             self._begin_pairs(signature, tensors)
@@ -211,22 +182,22 @@ class _Watcher:
     def _run(
         self, inputs: Mapping[Branch, Mapping[str, Tensor]], timestep: Tensor
     ) -> Mapping[Branch, Tensor] | None:
-        timesteps = self._timesteps
-        if timesteps is not None and not _is_entry(timestep, timesteps, self._step):
-            timesteps = None
-        call = GuidedCall(step=self._step, num_steps=self._num_steps, inputs=inputs, timesteps=timesteps)
+        call = GuidedCall(
+            step=self._step, num_steps=self._num_steps, inputs=inputs,
+            timesteps=self.scheduler.timesteps(timestep, self._step),
+        )
         self._step += 1
         pair = self._handler.step(call)
         self._covered = self._covered and pair is not None
         return pair
 
     def _begin(self, signature: CallSignature, tensors: Mapping[str, Tensor]) -> None:
-        self._fresh = False
+        self.scheduler.fresh = False
         self._step, self._signature, self._covered = 0, signature, False
         self._first = self._pairs = self._pending = None
         if self._latents not in tensors or self._timestep not in tensors:
             return
-        self._num_steps = self._count_steps(tensors[self._timestep])
+        self._num_steps = self.scheduler.begin(tensors[self._timestep])
         if not self._is_guided(tensors):
             self._first = tensors
             return
@@ -266,20 +237,6 @@ class _Watcher:
         others = (t for path, t in tensors.items() if path not in (self._latents, self._timestep))
         return any(t.dim() and t.shape[0] == batch and not torch.equal(*t.chunk(2)) for t in others)
 
-    def _count_steps(self, timestep: Tensor) -> int:
-        """Denoiser calls left in this generation, the present one included."""
-        timesteps = [float(t) for t in self._scheduler.timesteps.tolist()]
-        first = float(timestep.reshape(-1)[0])
-        # Some pipelines hand the denoiser timesteps between 0 and 1.
-        trained = getattr(getattr(self._scheduler, "config", None), "num_train_timesteps", None) or 1
-        start = min(
-            range(len(timesteps)),
-            key=lambda i: (min(_distance(timesteps[i], first), _distance(timesteps[i] / trained, first)), i),
-        )
-        _tell_first_step(self._scheduler, timesteps, start)
-        self._timesteps = self._scheduler.timesteps[start:]
-        return len(timesteps) - start
-
     def _wrap(self, estimate: Tensor, kwargs: Mapping[str, Any]) -> Any:
         if kwargs.get("return_dict", self._return_dict):
             from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -291,31 +248,6 @@ class _Watcher:
         if message not in self._said:
             self._said.add(message)
             warnings.warn(f"hybridiff: {message}", stacklevel=2)
-
-
-def _tell_first_step(scheduler: Any, timesteps: Sequence[float], start: int) -> None:
-    """Spare a scheduler looking for its first timestep on the device, for which the host would wait.
-
-    It would do so after the first step has been queued. A scheduler that knows already, that has no such method, or
-    whose timesteps are not distinct (which makes it choose among them) is left alone.
-    """
-    unknown = getattr(scheduler, "step_index", 0) is None and getattr(scheduler, "begin_index", 0) is None
-    if unknown and hasattr(scheduler, "set_begin_index") and len(set(timesteps)) == len(timesteps):
-        scheduler.set_begin_index(start)
-
-
-def _is_entry(timestep: Tensor, timesteps: Tensor, index: int) -> bool:
-    """Whether `timestep` is memory of `timesteps` itself, at `index`, for every image of a batch."""
-    return (
-        timestep.dtype == timesteps.dtype and timestep.device == timesteps.device and index < len(timesteps)
-        and timestep.data_ptr() == timesteps.data_ptr() + index * timesteps.stride(0) * timesteps.element_size()
-        and all(size == 1 or stride == 0 for size, stride in zip(timestep.shape, timestep.stride()))
-    )
-
-
-def _distance(one: float, other: float) -> float:
-    """Relative difference of two timesteps."""
-    return abs(one - other) / max(abs(one), abs(other), 1e-6)
 
 
 def _is_one_state(first: Mapping[str, Tensor], second: Mapping[str, Tensor], latents: str) -> bool:

@@ -7,11 +7,10 @@ denoiser elsewhere.
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +19,14 @@ from ..backends import LAZY, compile_stage
 from ..backends.cuda_graph import Recorder, Replay, seconds_per_call
 from ..backends.hoisting import Hoisted
 from ..backends.kept import Moment, Remembered, memory_key
-from ..capture import CapturedDenoiser, StageGraph, capture, unflatten_call
+from ..capture import CapturedDenoiser, StageGraph
 from ..ir import WHOLE, Branch, CallSignature, Partition, Pattern, PlanMismatchError, Read, Segment, lower
+from .branch_calls import capture_branch, scale_signature
 
 if TYPE_CHECKING:
     from ..bundle import StoredGraphs
 
-__all__ = [
-    "SegmentRunner", "Slot", "ValueRead", "batch_factor", "capture_branch", "example_call", "is_bundle",
-    "scale_signature", "stored_graphs",
-]
+__all__ = ["SegmentRunner", "Slot", "ValueRead", "is_bundle", "stored_graphs"]
 
 Slot = tuple[Branch, str]
 """Branch and value name: the key under which a value is kept."""
@@ -57,40 +54,6 @@ class _Graph:
     values_out: tuple[str, ...]
     specs: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     """Shape and dtype of every argument."""
-
-
-def scale_signature(signature: CallSignature, batch: int, factor: int) -> CallSignature:
-    """The signature with dimension 0 of every leaf of leading size `batch` multiplied by `factor`."""
-    leaves = tuple(
-        leaf.model_copy(update={"shape": (batch * factor, *leaf.shape[1:])}) if leaf.shape and leaf.shape[0] == batch
-        else leaf
-        for leaf in signature.leaves
-    )
-    return CallSignature(leaves=leaves)
-
-
-def batch_factor(expected: CallSignature, got: CallSignature) -> int | None:
-    """Images per branch in `got` if it is `expected` (one image) at another batch size, else None."""
-    sizes = {g.shape[0] for e, g in zip(expected.leaves, got.leaves) if e.shape and g.shape and e.shape[0] == 1}
-    for factor in sorted(sizes):
-        if scale_signature(expected, 1, factor) == got:
-            return factor
-    return None
-
-
-def example_call(signature: CallSignature, device: torch.device | str) -> dict[str, Any]:
-    """Keyword arguments of zeros that match `signature`, for capturing."""
-    return unflatten_call({
-        leaf.path: ast.literal_eval(leaf.constant or "None") if leaf.shape is None
-        else torch.zeros(leaf.shape, dtype=getattr(torch, leaf.dtype or "float32"), device=device)
-        for leaf in signature.leaves
-    })
-
-
-def capture_branch(denoiser: nn.Module, signature: CallSignature) -> CapturedDenoiser:
-    """Capture `denoiser` at `signature` on the device of its parameters."""
-    device = next(denoiser.parameters()).device
-    return capture(denoiser, (), example_call(signature, device))
 
 
 def is_bundle(backend: str) -> bool:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..ir import Plan
+from .branch_calls import scale_signature
 from .building import RankBuild
 from .connect import connect
 from .decode_ranks import DecodeCall, DecodeRank
@@ -17,7 +18,6 @@ from .handover import raw_bytes, unpack_skeleton
 from .memory import peak_bytes
 from .orders import DECODING, REPORTING, RESIZING, TIMING, TRACING, Order, OrderInbox
 from .processes import HELD, JOINED, READY, REPORTED, RESIZED, TIMED, TRACED
-from .segments import scale_signature
 from .stage_weights import held_bytes, receive_held
 from .trace import RankTrace
 

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from ..backends.cuda_graph import Recorder, recorder_for
 from ..backends.kept import Moment
 from ..ir import Branch, CallSignature, Pattern, Plan, PlanMismatchError, lower
+from .branch_calls import batch_factor, scale_signature
 from .estimates import EstimateMemory
 from .intercept import GuidedCall
 from .schedule_state import ScheduleState
-from .segments import SegmentRunner, Slot, batch_factor, scale_signature
+from .segments import SegmentRunner, Slot
 
 __all__ = ["Simulator", "run_pattern"]
 

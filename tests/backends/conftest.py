@@ -9,7 +9,7 @@ from bundle.small import PlainPipeline, small_plan
 from hybridiff_compiler.backends.artifact import artifact_backend
 from hybridiff_compiler.backends.stage_io import example_arguments
 from hybridiff_compiler.bundle.writing import distinct_stages
-from hybridiff_compiler.runtime.segments import capture_branch
+from hybridiff_compiler.runtime.branch_calls import capture_branch
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,8 @@ from hybridiff_compiler.backends.target import cpu_arch
 from hybridiff_compiler.bundle.writing import distinct_stages
 from hybridiff_compiler.capture import capture
 from hybridiff_compiler.ir import InputError
-from hybridiff_compiler.runtime.segments import SegmentRunner, example_call
+from hybridiff_compiler.runtime.branch_calls import example_call
+from hybridiff_compiler.runtime.segments import SegmentRunner
 
 
 def test_specs_follow_the_calling_convention(small_stages, arguments):

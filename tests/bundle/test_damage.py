@@ -14,7 +14,8 @@ from hybridiff_compiler.bundle import Bundle, Manifest, open_graphs, reading
 from hybridiff_compiler.bundle.files import record_file
 from hybridiff_compiler.bundle.graphs import Graphs
 from hybridiff_compiler.ir import InputError, PlanMismatchError, lower
-from hybridiff_compiler.runtime.segments import SegmentRunner, capture_branch
+from hybridiff_compiler.runtime.branch_calls import capture_branch
+from hybridiff_compiler.runtime.segments import SegmentRunner
 
 from .small import PlainPipeline
 

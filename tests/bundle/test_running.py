@@ -17,9 +17,10 @@ from hybridiff_compiler.backends.hoisting import Hoisted, hoist
 from hybridiff_compiler.bundle import Bundle, resolve_plan, write_bundle
 from hybridiff_compiler.bundle.writing import distinct_stages
 from hybridiff_compiler.ir import WHOLE, InputError, Pattern, PlanMismatchError, UsageError, WorkerError, lower
+from hybridiff_compiler.runtime.branch_calls import scale_signature
 from hybridiff_compiler.runtime.executor import capture_for
 from hybridiff_compiler.runtime.intercept import intercept
-from hybridiff_compiler.runtime.segments import SegmentRunner, scale_signature
+from hybridiff_compiler.runtime.segments import SegmentRunner
 from hybridiff_compiler.runtime.simulator import Simulator
 
 from .small import PlainPipeline

@@ -11,9 +11,10 @@ from hybridiff_compiler import reference_models
 from hybridiff_compiler.backends.stage_io import stage_digest
 from hybridiff_compiler.bundle import Bundle, write_bundle
 from hybridiff_compiler.ir import Plan
+from hybridiff_compiler.runtime.branch_calls import capture_branch
 from hybridiff_compiler.runtime.intercept import find_denoiser, intercept
 from hybridiff_compiler.runtime.parallelize import parallelize
-from hybridiff_compiler.runtime.segments import SegmentRunner, capture_branch
+from hybridiff_compiler.runtime.segments import SegmentRunner
 from hybridiff_compiler.runtime.simulator import Simulator
 
 from .conftest import GpuModel

@@ -6,8 +6,8 @@ import torch
 from runtime.test_stage_weights import COND, PIPE, RELAY
 
 from hybridiff_compiler.ir import FixedSchedule, Partition, Pattern, Plan
+from hybridiff_compiler.runtime.branch_calls import capture_branch
 from hybridiff_compiler.runtime.parallelize import parallelize
-from hybridiff_compiler.runtime.segments import capture_branch
 
 
 def test_the_latents_of_the_simulator(model, check) -> None:  # type: ignore[no-untyped-def]

@@ -15,8 +15,8 @@ from hybridiff_compiler.ir import (
 )
 from hybridiff_compiler.planner import candidate_partitions, generate_patterns
 from hybridiff_compiler.profiler.generate import FirstCall, Generation
+from hybridiff_compiler.runtime.branch_calls import capture_branch
 from hybridiff_compiler.runtime.intercept import find_denoiser
-from hybridiff_compiler.runtime.segments import capture_branch
 
 AGES = 4
 STEPS = 4

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hybridiff_compiler.ir import FixedSchedule, Partition, Pattern, Plan, RankSpec
 from hybridiff_compiler.planner import candidate_partitions, generate_patterns, placements, rank_free
+from hybridiff_compiler.runtime.branch_calls import capture_branch
 from hybridiff_compiler.runtime.parallelize import parallelize
-from hybridiff_compiler.runtime.segments import capture_branch
 
 from .tiny import TinyPipeline, tiny_plan
 

@@ -6,7 +6,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 from hybridiff_compiler.ir import InputError
-from hybridiff_compiler.runtime.intercept import _tell_first_step, find_denoiser, intercept
+from hybridiff_compiler.runtime.intercept import find_denoiser, intercept
+from hybridiff_compiler.runtime.scheduler_watch import tell_first_step
 
 
 class Log:
@@ -134,7 +135,7 @@ def test_a_generation_may_begin_at_a_later_step():
     for told in (False, True):
         scheduler.set_timesteps(6)
         if told:
-            _tell_first_step(scheduler, [float(t) for t in scheduler.timesteps], 2)
+            tell_first_step(scheduler, [float(t) for t in scheduler.timesteps], 2)
             assert scheduler.begin_index == 2
         sample = torch.ones(1, 4, 2, 2)
         for t in scheduler.timesteps[2:]:
@@ -142,7 +143,7 @@ def test_a_generation_may_begin_at_a_later_step():
         samples.append(sample)
     assert torch.equal(*samples)
     scheduler.set_timesteps(6)
-    _tell_first_step(scheduler, [5.0, 5.0, 1.0], 0)
+    tell_first_step(scheduler, [5.0, 5.0, 1.0], 0)
     assert scheduler.begin_index is None, "timesteps that are not distinct"
 
 

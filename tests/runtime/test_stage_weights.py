@@ -13,9 +13,10 @@ import torch
 
 from hybridiff_compiler.ir import Partition, Pattern, Plan, PlanMismatchError, UsageError, WorkerError
 from hybridiff_compiler.planner.memory import plan_memory
+from hybridiff_compiler.runtime.branch_calls import capture_branch
 from hybridiff_compiler.runtime.intercept import intercept
 from hybridiff_compiler.runtime.parallelize import parallelize
-from hybridiff_compiler.runtime.segments import SegmentRunner, capture_branch
+from hybridiff_compiler.runtime.segments import SegmentRunner
 from hybridiff_compiler.runtime.simulator import Simulator
 from hybridiff_compiler.runtime.stage_weights import held_bytes
 

@@ -26,8 +26,8 @@ from hybridiff_compiler.ir import (
     Plan,
     RankSpec,
 )
+from hybridiff_compiler.runtime.branch_calls import capture_branch
 from hybridiff_compiler.runtime.intercept import intercept
-from hybridiff_compiler.runtime.segments import capture_branch
 
 WIDTH, SIZE, TOKENS = 8, 8, 5
 FAIL_RAISE, FAIL_HANG, FAIL_KILL = 1e6, 2e6, 3e6
