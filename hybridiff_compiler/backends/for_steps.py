@@ -18,10 +18,14 @@ __all__ = ["STEPS", "for_steps"]
 STEPS = 64
 """Timesteps at a time; a generation with more of them takes several turns."""
 
+_GROWTH = 8
+"""A batched operation becomes a few; one that has to be repeated `STEPS` times as many and more."""
 
-def for_steps(stage: StageGraph) -> StageGraph:
+
+def for_steps(stage: StageGraph) -> StageGraph | None:
     """The same computation for `STEPS` values of the first argument, stacked along a new first dimension, as are the
     results; all other arguments are shared. Equal up to rounding: products of many rows may add up in another order.
+    None if torch can only do them one after the other (an operation without a rule for `vmap`).
     """
     module = stage.module
     names = list(dict.fromkeys(str(node.target) for node in module.graph.nodes if node.op == "get_attr"))
@@ -40,7 +44,12 @@ def for_steps(stage: StageGraph) -> StageGraph:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         fake = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in (*weights, *values)]
         fake[count] = torch.empty((STEPS, *values[0].shape), dtype=values[0].dtype, device=values[0].device)
-        traced = make_fx(evaluate)(*fake)
+        try:
+            traced = make_fx(evaluate)(*fake)
+        except RuntimeError:
+            return None
+    if len(traced.graph.nodes) > len(names) + _GROWTH * len(module.graph.nodes):
+        return None
     traced.graph.eliminate_dead_code()
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}

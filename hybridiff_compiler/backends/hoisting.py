@@ -92,16 +92,17 @@ def hoist(stage: StageGraph) -> Parts | None:
     once = _cut(stage, {node for node, path in _leaves(stage) if path in stage.steady})
     rest = stage if once is None else once.rest
     timestep = next((node for node, path in _leaves(rest) if path == stage.timestep), None)
-    timed = None
+    timed, many = None, None
     if timestep is not None:
         steady = {node for node, path in _leaves(rest) if path in stage.steady}
         timed = _cut(rest, {timestep, *steady, *_placeholders(rest)[own:]}, first=timestep)
-    if once is None and timed is None:
+        many = None if timed is None else for_steps(timed.part)
+    if once is None and many is None:
         return None
     return Parts(
-        once=None if once is None else once.part, once_takes=() if once is None else once.takes,
-        timed=None if timed is None else for_steps(timed.part), timed_takes=() if timed is None else timed.takes,
-        each=rest if timed is None else timed.rest,
+        once=None if once is None else once.part, once_takes=() if once is None else once.takes, timed=many,
+        timed_takes=() if many is None or timed is None else timed.takes,
+        each=rest if many is None or timed is None else timed.rest,
     )
 
 

@@ -73,6 +73,30 @@ def test_what_follows_from_the_timestep_is_taken_out() -> None:
     assert held["one.weight"] is stage.module.get_parameter("one.weight"), "weights are the denoiser's own"
 
 
+@torch.library.custom_op("hybridiff_tests::wave", mutates_args=())
+def wave(timestep: Tensor) -> Tensor:
+    """An operation that torch knows no rule for."""
+    return torch.sin(timestep[:, None] * torch.arange(1, WIDTH + 1) / WIDTH)
+
+
+@wave.register_fake
+def _(timestep: Tensor) -> Tensor:
+    return timestep.new_empty(timestep.shape[0], WIDTH)
+
+
+def test_operations_that_cannot_be_batched_stay_where_they_are() -> None:
+    class Custom(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.time = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+            return sample * self.time(wave(timestep))[:, None]
+
+    stage = capture(Custom().eval(), tuple(arguments(0)[:2]), {}).whole()
+    assert hoist(stage) is None
+
+
 @pytest.fixture(params=["recorded", "called"])
 def counted(request):  # type: ignore[no-untyped-def]
     """What runs a stage, and a function that tells how often a right call computed results for many steps."""

@@ -32,7 +32,7 @@ class PlainDenoiser(TinyDenoiser):
         """As the parent's."""
         steps = torch.arange(1, FREQUENCIES + 1, device=timestep.device) / FREQUENCIES
         waves = torch.sin(timestep.reshape(-1, 1) / 100 * steps)
-        embedding = self.embed(encoder_hidden_states.mean(1)) + self.time(waves)
+        embedding = self.embed(encoder_hidden_states.mean(1)) + self.time(waves.to(sample.dtype))
         hidden = first = self.head(sample)
         for block in self.blocks:
             hidden = block(hidden, embedding)
