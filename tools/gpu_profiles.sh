@@ -1,7 +1,8 @@
 #!/bin/sh
 # Profiles of costs (layers, stages; links where there are several GPUs) of SDXL, SD3, PixArt-Sigma, Flux-dev and
-# Wan-1.3B with random weights, into a folder; at most eight minutes on one GPU and 16 cores. Run it from the
-# repository's root; run again, it makes what is missing. Further arguments go to gpu_profiles.py.
+# Wan-1.3B with random weights, into a folder. Compiling wants cores: all five took under six minutes beside 32 of them;
+# with 16, name one or two at a time. Run it from the repository's root; run again, it makes what is missing. Further
+# arguments go to gpu_profiles.py, whose --helpers are for each architecture.
 # usage: tools/gpu_profiles.sh FOLDER [NAME ...] [--limit SECONDS]
 folder=$1
 shift
