@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..capture import StageGraph
 
-__all__ = ["STEPS", "for_steps"]
+__all__ = ["STEPS", "for_steps", "repeated"]
 
 STEPS = 64
 """Timesteps at a time; a generation with more of them takes several turns."""
@@ -64,6 +64,11 @@ def for_steps(stage: StageGraph) -> StageGraph | None:
         if node not in copied and node.op != "placeholder":
             copied[node] = graph.node_copy(node, copied.__getitem__)
     return replace(stage, module=fx.GraphModule(module, graph, class_name="ForSteps").eval())
+
+
+def repeated(timestep: Tensor) -> Tensor:
+    """`[STEPS, ...]`: one timestep in the place of many, in memory of its own."""
+    return timestep.expand(STEPS, *timestep.shape).clone(memory_format=torch.contiguous_format)
 
 
 class _Evaluation(fx.Interpreter):

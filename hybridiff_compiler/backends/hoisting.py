@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from ..capture import StageGraph
 from ..capture.flops import count_flops
-from .for_steps import STEPS, for_steps
+from .for_steps import STEPS, for_steps, repeated
 
 __all__ = ["Hoisted", "Parts", "hoist"]
 
@@ -78,7 +78,7 @@ class Hoisted:
             given += self.once(*(given[index] for index in self.once_takes))
         if self.timed is not None:
             timestep, *others = (given[index] for index in self.timed_takes)
-            given += [values[0] for values in self.timed(timestep.expand(STEPS, *timestep.shape).contiguous(), *others)]
+            given += [values[0] for values in self.timed(repeated(timestep), *others)]
         return given
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .for_steps import STEPS
+from .for_steps import STEPS, repeated
 from .hoisting import Hoisted
 
 __all__ = ["Moment", "RecordedOnce", "RecordedTimes", "Remembered", "memory_key"]
@@ -168,9 +168,10 @@ class RecordedTimes:
         given = (*inputs, *results)
         self._timestep, *others = (given[index] for index in call.timed_takes)
         with torch.inference_mode(False), torch.no_grad():
-            self._stacked = _stack(self._timestep, None)
+            self._stacked = repeated(self._timestep)
             self._replay, self._outputs = recorder(call.timed, [self._stacked, *others])
-            self.results = [output[0].clone() for output in self._outputs]
+            self._single = [output[0] for output in self._outputs]
+            self.results = [output.clone() for output in self._single]
             self._tables = [self._new_table()]
         self._known: list[tuple[Sequence[object], Sequence[Tensor]] | None] = [None]
         self._turn = 0
@@ -181,7 +182,7 @@ class RecordedTimes:
         if moment is None:
             self._stacked.copy_(self._timestep)
             self._replay()
-            torch._foreach_copy_(self.results, [output[0] for output in self._outputs])
+            torch._foreach_copy_(self.results, self._single)
             return
         held = [arguments[index] for index in self._steady]
         keys = [*(memory_key(argument) for argument in held), moment.key]
@@ -236,7 +237,7 @@ def _steady(call: Hoisted, arguments: int) -> list[int]:
 
 def _stack(timestep: Tensor, moment: Moment | None) -> Tensor:
     """`[STEPS, ...]`: the timesteps of the table that `moment` is in, or this one, repeated."""
-    stacked = timestep.expand(STEPS, *timestep.shape).clone(memory_format=torch.contiguous_format)
+    stacked = repeated(timestep)
     if moment is not None:
         moment.fill(stacked)
     return stacked

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..ir.errors import InputError
 from ..ir.layers import Layer, LayerGraph, Value
-from .call import CallSignature, dtype_name, flatten_call, steady_leaves, step_parameters
+from .call import TIMESTEP, CallSignature, dtype_name, flatten_call, steady_leaves
 from .export import export_call
 from .flops import count_flops
 from .grouping import Group, group_nodes, node_bytes
@@ -111,7 +111,7 @@ def capture(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
         layer_of=layer_of,
         input_names=exported.input_names,
         steady=steady_leaves(denoiser, exported.input_names),
-        timestep=step_parameters(denoiser)[1] if step_parameters(denoiser)[1] in exported.input_names else None,
+        timestep=TIMESTEP if TIMESTEP in exported.input_names else None,
         constants=exported.constants,
         output_spec=exported.output_spec,
         output_leaves=exported.output_leaves,

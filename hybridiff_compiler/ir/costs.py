@@ -21,8 +21,8 @@ class StageCost(Data):
     """Branches evaluated together."""
     seconds: float = Field(gt=0)
     spread: float = Field(default=0.0, ge=0)
-    """Relative inter-quartile range over the repeats, with the drift of the machine during the session if that was
-    watched: what another measurement may well differ by."""
+    """Relative inter-quartile range over the repeats, or the distance between two moments of timing if larger, with the
+    drift of the machine during the session if that was watched: what another measurement may well differ by."""
 
 
 class Link(Data):
