@@ -15,6 +15,7 @@ arguments the hoisted part takes.
 from __future__ import annotations
 
 import json
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -185,9 +186,13 @@ class AotInductor:
                 name: [spec.model_dump() for spec in stage_inputs(stage)] for name, stage in stages.items()
             }
         options |= {"aot_inductor.package": True, "aot_inductor.metadata": {_METADATA: json.dumps(noted)}}
-        with torch.no_grad(), warnings.catch_warnings():
+        # Stages may have a part in common, whose files would otherwise be written by several builders at once.
+        with torch.no_grad(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
             warnings.simplefilter("ignore")
-            files = {name: _compile(stage, small, options | self._options) for name, stage in stages.items()}
+            files = {}
+            for name, stage in stages.items():
+                own = {"aot_inductor.output_path": str(Path(folder).resolve() / name)}
+                files[name] = _compile(stage, small, options | self._options | own)
             package_aoti(str(file), files)
         for name, stage in stages.items():
             weights = stage_weights(stage)

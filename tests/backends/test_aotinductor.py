@@ -23,9 +23,13 @@ def package(need, small_stages, tmp_path_factory):
         stage=small_stages[1], folder=folder, name="stage", target=backend.target("cpu", "float32", None),
         weights=OnnxWeights(folder),
     )
-    with torch._inductor.config.patch({"cpp.cxx": (None, str(static))}):
+    cache = tmp_path_factory.mktemp("cache")
+    with torch._inductor.config.patch({"cpp.cxx": (None, str(static))}), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
         file = backend.build(job)
     assert list(folder.iterdir()) == [file]
+    shared = [path for path in cache.rglob("*wrapper*") if path.is_file()]
+    assert not shared, "builders of other stages could write the same files at the same time"
     return file
 
 
