@@ -25,10 +25,14 @@ _PAIRS = 1.96 * math.sqrt(2)
 class Drift:
     """Times of one graph, taken every few seconds while other things are measured."""
 
-    def __init__(self, sampler: Sampler) -> None:
-        """`sampler`: of the graph; it returns one time."""
+    def __init__(self, sampler: Sampler, seconds: list[float]) -> None:
+        """
+        Args:
+            sampler: of the graph; it returns one time.
+            seconds: times taken before, to which those taken here are added.
+        """
         self._sampler, self._owner, self._last = sampler, threading.current_thread(), 0.0
-        self._seconds: list[float] = []
+        self._seconds = seconds
 
     def look(self) -> None:
         """Take a time, unless it is too soon or somebody else's thread asks."""

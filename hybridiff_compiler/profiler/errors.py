@@ -28,15 +28,11 @@ from ..ir import (
     Partition,
     Pattern,
     PatternErrors,
-    Plan,
-    RankSpec,
     Redundancy,
 )
-from ..quality import MAX_PSNR_DB, psnr
 from ..runtime.branch_calls import scale_signature
 from ..runtime.intercept import find_denoiser
 from ..runtime.segments import SegmentRunner
-from ..runtime.simulator import Simulator
 from .attribution import grouped_errors
 from .batches import Batch, block_borders, blocks_of
 from .compounding import MeasuredSchedule
@@ -48,14 +44,13 @@ from .grid import THINNED, Grid
 from .linear import sampler_map
 from .partial import Partial
 from .record import Option, Recorder, guided, options_of
-from .resume import Resumed, known_steps
+from .resume import known_steps
 from .sensitivity import propagate, pull_back_images, standard_error_db
+from .trials import KEPT_BYTES, Trial, Trials, work_of
 
 __all__ = ["Curves", "ErrorMeasurement", "ErrorSettings"]
 
 Progress = Callable[[str, int, int], None]
-_KEPT_BYTES = 64 << 20
-"""Most memory for estimates of exact steps with which schedules are begun, and for images to compare with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,16 +76,6 @@ class Curves:
     redundancy: Redundancy
     errors: tuple[PatternErrors, ...]
     sampling: ErrorSampling
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """A schedule to measure whole."""
-
-    number: int
-    steps: tuple[str, ...]
-    block: list[Batch]
-    """Prompts, with what need not be computed of them."""
 
 
 class ErrorMeasurement:
@@ -140,7 +125,9 @@ class ErrorMeasurement:
                 Batch(k, list(prompts)[k : min(k + 2 * size, end)]) for k in range(begin, end, 2 * size)
             ]
         self._curved, self._prompts = len(curved), len(prompts)
-        self._references: dict[tuple[int, int], Tensor] = {}
+        self._trials = Trials(
+            generation, denoiser, self._partitions, self._patterns, self._exact, self._runner, len(prompts)
+        )
 
     def curves(self, known: Callable[[Curves], None] = lambda curves: None) -> Curves:
         """Run every prompt exactly; errors by step and age on the first ones.
@@ -242,7 +229,7 @@ class ErrorMeasurement:
             if kept is not None:
                 values[number] = kept[1]
 
-        def done(task: _Trial, psnrs: list[float]) -> None:
+        def done(task: Trial, psnrs: list[float]) -> None:
             self._partial.put(names[task.number], psnrs)
             values[task.number] = psnrs
             self._progress("whole schedules", len(values), len(proposals))
@@ -252,8 +239,8 @@ class ErrorMeasurement:
             if number not in values:
                 known_first = known_steps(by_name, steps)
                 block = [replace(each, pairs=each.pairs[:known_first].clone()) for each in blocks[number % len(blocks)]]
-                tasks.append(_Trial(number, steps, block))
-        tasks.sort(key=lambda task: -_work(by_name, task))
+                tasks.append(Trial(number, steps, block))
+        tasks.sort(key=lambda task: -work_of(by_name, task))
         self._helpers.share("schedule", tasks, lambda task: self.schedule(task, model), done, model)
         return [
             MeasuredSchedule(grouped_errors(by_name, known, steps), tuple(values[n]), n % len(blocks), kind)
@@ -266,32 +253,9 @@ class ErrorMeasurement:
         self._record(batch, number)
         return batch.kept(self._options)
 
-    @torch.no_grad()
-    def schedule(self, trial: _Trial, model: ModelInfo) -> list[float]:
+    def schedule(self, trial: Trial, model: ModelInfo) -> list[float]:
         """PSNR per prompt of one schedule."""
-        decode = decoder_of(self._generation.pipe, self._generation.options)
-        plan = Plan(
-            model=model, ranks=(RankSpec(device="cpu"),) * self._exact.world_size, partitions=self._partitions,
-            patterns=self._patterns, exact=self._exact.name, schedule=FixedSchedule(steps=trial.steps),
-        )
-        simulator = Simulator(plan, self._denoiser, runners=self._runners)
-        values: list[float] = []
-        for batch in trial.block:
-            self._runner(len(batch.prompts))
-            resumed = Resumed(simulator, batch.pairs)
-            final = self._generation.latents(batch.prompts, resumed, batch.first)
-            values += [min(value, MAX_PSNR_DB) for value in psnr(decode(final), self._reference(batch, decode))]
-        return values
-
-    def _reference(self, batch: Batch, decode: Callable[[Tensor], Tensor]) -> Tensor:
-        """The exact images of a batch, decoded once where they do not take much memory."""
-        key = (batch.first, len(batch.prompts))
-        if key in self._references:
-            return self._references[key]
-        images = decode(batch.final.to(self._device))
-        if images[0].nbytes * self._prompts <= _KEPT_BYTES:
-            self._references[key] = images
-        return images
+        return self._trials.psnr(trial, model)
 
     def _runner(self, images: int) -> SegmentRunner:
         if images not in self._runners:
@@ -349,7 +313,7 @@ class ErrorMeasurement:
         """Estimates of as many first steps as schedules may begin with, if those of all prompts take little memory."""
         half = pairs[: len(pairs) // 2]
         each = sum(pair[branch][0].nbytes for pair in half for branch in BRANCHES)
-        if each * self._prompts > _KEPT_BYTES:
+        if each * self._prompts > KEPT_BYTES:
             half = half[:0]
         shape = (0, 2, *pairs[0]["cond"].shape)
         return torch.stack([torch.stack([pair[b] for b in BRANCHES]) for pair in half]) if half else torch.empty(shape)
@@ -362,9 +326,3 @@ class ErrorMeasurement:
             rows = np.array([[step[name] for step in batch.changes] for batch in recorded])
             change[name] = tuple(float(f"{value:.4g}") for value in counts @ rows / counts.sum())
         return Redundancy(change=change)
-
-
-def _work(patterns: Mapping[str, Pattern], trial: _Trial) -> float:
-    """Evaluations of the denoiser for one branch that a trial takes."""
-    computed = trial.steps[len(trial.block[0].pairs) :]
-    return sum(len(patterns[name].units) / patterns[name].stages for name in computed)

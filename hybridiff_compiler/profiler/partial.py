@@ -21,7 +21,7 @@ from ..ir import InputError, PlanMismatchError
 
 __all__ = ["Partial", "weights_digest"]
 
-_FORMAT = "hybridiff-partial-2"
+_FORMAT = "hybridiff-partial-3"
 _SAMPLES = 256
 """Elements of every parameter that `weights_digest` looks at."""
 
@@ -42,6 +42,7 @@ class Partial:
         self.path, self._settings = path, dict(settings)
         self._tensors: dict[str, Tensor] = {}
         self._parts: dict[str, Any] = {}
+        self._notes: dict[str, list[float]] = {}
         if path is not None and path.exists():
             self._read(path)
         self.found = len(self._parts)
@@ -63,6 +64,10 @@ class Partial:
         if self.path is not None:
             self._write(self.path)
 
+    def noted(self, name: str) -> list[float]:
+        """A list of numbers to which may be added at any time; it is written with the next part that is finished."""
+        return self._notes.setdefault(name, [])
+
     def remove(self) -> None:
         """Delete the file: the session is finished."""
         if self.path is not None:
@@ -78,6 +83,7 @@ class Partial:
             if header.get("format") != _FORMAT:
                 raise ValueError(f"its format is {header.get('format')!r}, not {_FORMAT!r}")
             settings, self._parts = json.loads(header["settings"]), json.loads(header["parts"])
+            self._notes = json.loads(header["notes"])
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise InputError(f"{path}: is no readable state of an unfinished profile ({error}); delete it") from None
         for what in {**settings, **self._settings}:
@@ -90,7 +96,10 @@ class Partial:
     def _write(self, path: Path) -> None:
         from safetensors.torch import save_file
 
-        header = {"format": _FORMAT, "settings": json.dumps(self._settings), "parts": json.dumps(self._parts)}
+        header = {"format": _FORMAT} | {
+            name: json.dumps(value)
+            for name, value in (("settings", self._settings), ("parts", self._parts), ("notes", self._notes))
+        }
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(handle)
         temporary = Path(name)

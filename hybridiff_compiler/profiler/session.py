@@ -46,6 +46,9 @@ __all__ = ["ProfileSession", "Progress"]
 Progress = Callable[[str, int, int], None]
 """Called with (stage of the session, done, total)."""
 
+_DRIFT = "times of the whole"
+"""Name of what `Drift` keeps in the `Partial`."""
+
 Tables = Callable[
     [LayerGraph, Sequence[float], Redundancy | None], tuple[tuple[Partition, ...], tuple[Pattern, ...]]
 ]
@@ -142,10 +145,10 @@ class ProfileSession:
         graph = bare.layers
         if known is not None:
             self._check_same(known, graph)
+        partial = Partial(None if known is not None else self._partial_path, self._settings(graph))
         self._drift = self._watch_drift(bare, call.inputs, known.patterns if known is not None else tables(
             graph, [layer.flops + 1.0 for layer in graph.layers], None
-        )[1])
-        partial = Partial(None if known is not None else self._partial_path, self._settings(graph))
+        )[1], partial)
         if partial.found:
             self._progress(f"continuing {self._partial_path} ({partial.found} parts are done)", 1, 1)
         redundancy = None if not survey else survey_redundancy(
@@ -200,14 +203,17 @@ class ProfileSession:
             self._drift.look()
         self._on_progress(stage, done, total)
 
-    def _watch_drift(self, bare: SegmentRunner, inputs: Any, patterns: Sequence[Pattern]) -> Drift | None:
+    def _watch_drift(
+        self, bare: SegmentRunner, inputs: Any, patterns: Sequence[Pattern], partial: Partial
+    ) -> Drift | None:
         """Where samples cost little, and other processes at work do not make them longer."""
         if next(self._denoiser.parameters()).device.type != "cpu" or self._backend != "eager" or self._threads != 1:
             return None
         exact = next(pattern for pattern in patterns if pattern.is_exact and pattern.partition == WHOLE)
         builder = GraphBuilder(self._denoiser, self._signature, inputs, {1: bare.captured(1)})
         with pinned_threads(self._threads):
-            return Drift(builder.sampler(Job(kind="segment", backend=self._backend, patterns=(exact,))))
+            sampler = builder.sampler(Job(kind="segment", backend=self._backend, patterns=(exact,)))
+        return Drift(sampler, partial.noted(_DRIFT))
 
     def _with_drift(self, costs: Costs) -> Costs:
         """`costs` whose spreads cover how far the whole's time has moved during the session."""

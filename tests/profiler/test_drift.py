@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from hybridiff_compiler.ir import Costs, LayerTiming, StageCost
 from hybridiff_compiler.profiler import drift
 from hybridiff_compiler.profiler.drift import Drift
+from hybridiff_compiler.profiler.partial import Partial
 
 
 def sampler(seconds: Iterator[float]):  # type: ignore[no-untyped-def]
@@ -29,7 +31,7 @@ def sampler(seconds: Iterator[float]):  # type: ignore[no-untyped-def]
 def test_two_measurements_differ_by_less_in_19_of_20_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drift, "_EVERY_S", 0.0)
     generator = np.random.default_rng(0)
-    watched = Drift(sampler(iter(generator.normal(2.0, 0.1, 400))))
+    watched = Drift(sampler(iter(generator.normal(2.0, 0.1, 400))), [])
     assert watched.spread == 0.0
     for _ in range(400):
         watched.look()
@@ -40,7 +42,7 @@ def test_two_measurements_differ_by_less_in_19_of_20_cases(monkeypatch: pytest.M
 
 def test_looks_are_seconds_apart_and_by_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([1.0, 2.0, 3.0])
-    watched = Drift(sampler(times))
+    watched = Drift(sampler(times), [])
     for _ in range(3):
         watched.look()
     assert list(times) == [2.0, 3.0], "one look; the others came too soon"
@@ -49,6 +51,17 @@ def test_looks_are_seconds_apart_and_by_one_thread(monkeypatch: pytest.MonkeyPat
     thread.start()
     thread.join()
     assert watched.spread == 0.0
+
+
+def test_times_of_a_stopped_session_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(drift, "_EVERY_S", 0.0)
+    file = tmp_path / "p.json.partial"
+    for seconds in (1.0, 3.0):
+        partial = Partial(file, {})
+        watched = Drift(sampler(iter([seconds])), partial.noted("times"))
+        watched.look()
+        partial.put(f"part at {seconds}", None)
+    assert watched.spread == pytest.approx(1.96 * 2**0.5 * 2**0.5 / 2.0)
 
 
 def test_spreads_cover_it() -> None:
