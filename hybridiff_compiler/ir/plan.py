@@ -169,6 +169,12 @@ class Plan(Document):
         return len(self.ranks)
 
     @property
+    def idle_ranks(self) -> tuple[int, ...]:
+        """Ranks that compute nothing in any step that can occur."""
+        busy = {unit.rank for name in self.schedule.patterns for unit in self.pattern(name).units}
+        return tuple(rank for rank in range(self.world_size) if rank not in busy)
+
+    @property
     def is_exact(self) -> bool:
         """Whether every step that can occur is exact."""
         return all(self.pattern(name).is_exact for name in self.schedule.patterns)

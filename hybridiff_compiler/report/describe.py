@@ -52,6 +52,7 @@ def plan_summary(plan: Plan) -> list[RenderableType]:
         Text(f"predicted: {_predictions(plan.predictions)}"),
         *([] if not plan.predictions.peak_bytes else [Text(f"memory:    {_peaks(plan.predictions.peak_bytes)}")]),
         *([] if plan.certificate is None else [Text(f"proven:    {_certificate(plan.certificate)}")]),
+        *([] if not plan.idle_ranks else [Text(f"idle:      {_idle(plan.idle_ranks)}")]),
     ]
 
 
@@ -101,6 +102,13 @@ def _predictions(predictions: Predictions) -> str:
 def _peaks(peaks: Sequence[int]) -> str:
     each = ", ".join(f"{peak / 2**30:.3g}" for peak in peaks)
     return f"about {each} GiB on the ranks, for the denoiser alone"
+
+
+def _idle(ranks: Sequence[int]) -> str:
+    return (
+        f"no step computes anything on rank {', '.join(map(str, ranks))}: fewer GPUs do as well, or --objective "
+        "throughput makes several images side by side"
+    )
 
 
 def _certificate(proof: Certificate) -> str:

@@ -20,6 +20,7 @@ from hybridiff_compiler.ir import (
     Plan,
     Predictions,
     Profile,
+    RankSpec,
     SwitchedSchedule,
     parse_steps,
     write_text_atomically,
@@ -162,6 +163,13 @@ def test_adaptive_plans_are_checked_for_the_earliest_and_latest_window() -> None
     assert Plan.parse(plan.model_dump_json()) == plan
     with pytest.raises(ValidationError, match="step 0: pattern reuse"):
         make_plan(schedule=rule.model_copy(update={"warmup": "reuse"}))
+
+
+def test_idle_ranks_are_those_that_no_possible_step_uses() -> None:
+    assert make_plan().idle_ranks == ()
+    wide = make_plan(ranks=(RankSpec(device="cpu"),) * 3)
+    assert wide.idle_ranks == (2,)
+    assert wide.with_steps(("single",)).idle_ranks == (1, 2)
 
 
 def test_switched_plans_are_checked_choice_by_choice() -> None:

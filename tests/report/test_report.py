@@ -118,6 +118,9 @@ def test_descriptions_hold_the_tables(profile, cheap_plan, exact_plan):
     assert str(cheap_plan.schedule) in text
     assert "rank 1 │" in text
     assert "branch*4" in printed(*describe_plan(exact_plan))
+    assert "idle:" not in printed(*describe_plan(exact_plan))
+    wide = exact_plan.model_copy(update={"ranks": exact_plan.ranks * 2})
+    assert "no step computes anything on rank 2, 3: fewer GPUs do as well" in printed(*describe_plan(wide))
 
 
 def test_a_profile_says_what_its_cuts_lose(profile):

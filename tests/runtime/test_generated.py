@@ -34,18 +34,19 @@ def plan_over(
 
 
 @pytest.mark.slow
-def test_four_ranks_return_what_the_simulator_returns_for_all_generated_tables(
-    simulate: Callable[..., Tensor],
+@pytest.mark.parametrize("ranks", [4, 8])
+def test_ranks_return_what_the_simulator_returns_for_all_generated_tables(
+    ranks: int, simulate: Callable[..., Tensor],
 ) -> None:
     pipe = TinyPipeline()
-    base, partitions, patterns = generated(pipe, 4)
-    assert max(pattern.world_size for pattern in patterns) == 4
+    base, partitions, patterns = generated(pipe, ranks)
+    assert max(pattern.world_size for pattern in patterns) == ranks
     cheap = [pattern.name for pattern in patterns if not pattern.is_exact]
     assert {name.partition(":")[0] for name in cheap} >= {"pipe", "paper", "cond-pipe", "branch-reuse", "reuse"}
     steps = ["branch"]
     for name in cheap:
         steps += [name, name, "branch"]
-    plan = plan_over(base, partitions, patterns, steps, 4)
+    plan = plan_over(base, partitions, patterns, steps, ranks)
     with parallelize(pipe, plan, threads=1):
         image = pipe(5, num_inference_steps=len(steps))
     assert torch.isfinite(image).all()
