@@ -95,9 +95,31 @@ def test_devices_are_found_by_name():
     assert recognise("NVIDIA H100 80GB HBM3") is DEVICES["h100"]
     assert recognise("NVIDIA H100 PCIe") is DEVICES["h100-pcie"]
     assert recognise("NVIDIA GeForce RTX 3090") is DEVICES["rtx3090"]
+    assert recognise("NVIDIA H200") is DEVICES["h200"]
+    assert recognise("NVIDIA A100-SXM4-80GB") is DEVICES["a100"]
+    assert recognise("NVIDIA RTX A6000") is DEVICES["a6000"]
+    assert recognise("Tesla T4") is DEVICES["t4"]
     assert recognise("AMD EPYC 7763") is None
     with pytest.raises(UsageError, match="no peak figures of 'gtx1080'"):
         find_device("gtx1080")
+
+
+@pytest.mark.parametrize("name", [
+    "NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe", "NVIDIA H100 NVL", "NVIDIA GH200 480GB",
+    "NVIDIA H200 NVL", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 4090 Laptop GPU",
+    "NVIDIA T400", "NVIDIA GeForce GT 430", "NVIDIA L40",
+])
+def test_relatives_with_other_peaks_are_not_taken_for_a_device(name):
+    assert recognise(name) is None
+
+
+def test_dtypes_without_a_rate_are_refused():
+    assert DEVICES["t4"].flops("float16") == 65e12
+    assert DEVICES["h100"].flops("bfloat16") == DEVICES["h100"].flops("float16")
+    with pytest.raises(InputError, match="no peak arithmetic of Tesla T4 in bfloat16; it is known in float16, float32"):
+        estimate_layers(loaded_graph(), "bfloat16", 1, DEVICES["t4"], DEFAULT)
+    with pytest.raises(InputError, match="in float64"):
+        DEVICES["h100"].flops("float64")
 
 
 def test_unknown_devices_cannot_be_fitted_on():
