@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from ..ir import FixedSchedule, Plan, PlanMismatchError, Profile, UsageError
+from ..ir import FixedSchedule, Plan, PlanMismatchError, Profile, RankSpec, UsageError
+from .fitting import fits, peaks_of_steps
 from .problem import Problem
 from .rescale import at_steps
-from .schedule import Frontier
 from .solve import solve_problem
 from .target import Target
 from .work import in_work_units
@@ -65,7 +66,11 @@ class Explanation:
 
 
 def explain(profile: Profile, plan: Plan) -> Explanation:
-    """Explain a fixed schedule, or of another kind the one that runs without measurements.
+    """Explain a fixed schedule, or of another kind the one that the profile's mean discrepancy leads to.
+
+    All milliseconds are of the profile's measured costs, also where the plan was solved for work. Neighbours are
+    schedules that the ranks of the plan can run: within their memory, and with weights of their own stages if it has
+    those.
 
     Raises:
         PlanMismatchError: the plan is for another denoiser.
@@ -80,18 +85,58 @@ def explain(profile: Profile, plan: Plan) -> Explanation:
     scaled = at_steps(profile, int(words.get("steps", profile.num_steps)), strength=float(words.get("strength", 1)))
     if scaled.num_steps != plan.num_steps:
         scaled = at_steps(profile, plan.num_steps)
-    in_work = words.get("costs") == "work"
-    costed = in_work_units(scaled) if in_work else scaled
-    problem = Problem(costed, plan.world_size, extra=plan.patterns, ranks=plan.ranks)
-    schedule = plan.schedule if isinstance(plan.schedule, FixedSchedule) else plan.schedule.resolve([])
+    problem = Problem(scaled, plan.world_size, extra=plan.patterns, ranks=plan.ranks, weights=plan.weights)
+    curve = scaled.guidance.mean if scaled.guidance is not None else ()
+    schedule = plan.schedule if isinstance(plan.schedule, FixedSchedule) else plan.schedule.resolve(curve)
+    without = [word for word in words.get("without", "").split(",") if word]
+    costed = in_work_units(scaled) if words.get("costs") == "work" else scaled
+    neighbours = _neighbours(
+        problem, Problem(costed, plan.world_size, without, ranks=plan.ranks, weights=plan.weights), plan.ranks
+    )
     steps = schedule.steps
     latency, error = problem.latency_s(steps), problem.error(steps)
-    without = [word for word in words.get("without", "").split(",") if word]
-    solved = solve_problem(Problem(problem.profile, plan.world_size, without, ranks=plan.ranks))
+    if target is None or target.policy is not None or error is None:
+        binding = "none: the schedule was not solved for a target"
+    elif target.min_psnr is not None:
+        binding = _quality(problem, neighbours, target, latency, error)
+    else:
+        binding = _budget(
+            Problem(costed, plan.world_size, extra=plan.patterns, ranks=plan.ranks, weights=plan.weights),
+            neighbours, target, steps, error, in_work=costed is not scaled,
+        )
     return Explanation(
-        latency_ms=1e3 * latency, psnr_db=_db(problem, error), runs=_runs(problem, steps),
-        binding=_binding(problem, solved, target, latency, error), trades=_trades(problem, solved, latency, error),
+        latency_ms=1e3 * latency, psnr_db=_db(problem, error), runs=_runs(problem, steps), binding=binding,
+        trades=_trades(problem, neighbours, latency, error),
     )
+
+
+@dataclass(frozen=True)
+class _Neighbour:
+    """A point of the frontier that fits the ranks."""
+
+    solved_s: float
+    """Latency as it was solved for: seconds or evaluations."""
+    latency_s: float
+    """By measured costs."""
+    error: float
+
+
+def _neighbours(problem: Problem, costed: Problem, ranks: Sequence[RankSpec]) -> list[_Neighbour]:
+    """Fastest first. `problem` has the measured costs, `costed` those that were solved for."""
+    solved = solve_problem(costed)
+    limited = any(rank.memory_bytes is not None for rank in ranks)
+    fitting: dict[frozenset[str], bool] = {}
+    found = []
+    for point in range(len(solved)):
+        steps = solved.steps(point)
+        names = frozenset(steps)
+        if limited and names not in fitting:
+            fitting[names] = fits(peaks_of_steps(problem, ranks, steps), ranks)
+        if fitting.get(names, True):
+            found.append(
+                _Neighbour(float(solved.latency_s[point]), problem.latency_s(steps), float(solved.error[point]))
+            )
+    return found
 
 
 def target_of(plan: Plan) -> tuple[Target | None, dict[str, str]]:
@@ -134,52 +179,63 @@ def _runs(problem: Problem, steps: tuple[str, ...]) -> tuple[CheapRun, ...]:
     return tuple(runs)
 
 
-def _binding(
-    problem: Problem, solved: Frontier, target: Target | None, latency: float, error: float | None
+def _quality(
+    problem: Problem, neighbours: Sequence[_Neighbour], target: Target, latency: float, error: float
 ) -> str:
-    if target is None or target.policy is not None or error is None:
-        return "none: the schedule was not solved for a target"
-    needed, budget = target.needed_db(problem), target.budget_s(problem)
-    if needed is not None:
-        faster = [i for i in range(len(solved)) if solved.latency_s[i] < latency * (1 - _SLACK)]
-        if not faster:
-            return "none: no schedule is faster"
-        judged = problem.judged_db(float(solved.error[faster[-1]]), target.quantile)
-        of = "mean" if target.quantile is None else f"{target.quantile:g} quantile"
-        return (
-            f"quality: {target.min_psnr:g} dB asked for, with {problem.reserve_db(target.quantile):.2f} dB in reserve; "
-            f"predicted {problem.judged_db(error, target.quantile):.2f} dB ({of}), the next faster schedule "
-            f"{judged:.2f} dB ({1e3 * (latency - float(solved.latency_s[faster[-1]])):.2f} ms less)"
-        )
-    assert budget is not None, "a target has a quality or a latency"
-    slower = [i for i in range(len(solved)) if solved.error[i] < error * (1 - _SLACK)]
-    if not slower:
-        return "none: no schedule is better"
-    psnr = _db(problem, float(solved.error[slower[0]]))
+    faster = [each for each in neighbours if each.latency_s < latency * (1 - _SLACK)]
+    if not faster:
+        return "none: no schedule is faster"
+    best = min(faster, key=lambda each: each.error)
+    judged = problem.judged_db(best.error, target.quantile)
+    of = "mean" if target.quantile is None else f"{target.quantile:g} quantile"
     return (
-        f"latency: {1e3 * budget:.2f} ms allowed, predicted {1e3 * latency:.2f} ms; the next better schedule takes "
-        f"{1e3 * float(solved.latency_s[slower[0]]):.2f} ms ({'exact' if psnr is None else f'{psnr:.2f} dB'})"
+        f"quality: {target.min_psnr:g} dB asked for, with {problem.reserve_db(target.quantile):.2f} dB in reserve; "
+        f"predicted {problem.judged_db(error, target.quantile):.2f} dB ({of}), the next faster schedule "
+        f"{judged:.2f} dB ({1e3 * (latency - best.latency_s):.2f} ms less)"
     )
 
 
-def _trades(problem: Problem, solved: Frontier, latency: float, error: float | None) -> tuple[Trade, ...]:
+def _budget(
+    costed: Problem, neighbours: Sequence[_Neighbour], target: Target, steps: Sequence[str], error: float, *,
+    in_work: bool,
+) -> str:
+    budget = target.budget_s(costed)
+    assert budget is not None, "a target has a quality or a latency"
+    better = [each for each in neighbours if each.error < error * (1 - _SLACK)]
+    if not better:
+        return "none: no schedule is better"
+    nearest = min(better, key=lambda each: each.solved_s)
+    psnr = _db(costed, nearest.error)
+
+    def amount(value: float) -> str:
+        return f"{value:.2f} evaluations" if in_work else f"{1e3 * value:.2f} ms"
+
+    return (
+        f"{'work' if in_work else 'latency'}: {amount(budget)} allowed, predicted {amount(costed.latency_s(steps))}; "
+        f"the next better schedule takes {amount(nearest.solved_s)} ({'exact' if psnr is None else f'{psnr:.2f} dB'})"
+    )
+
+
+def _trades(
+    problem: Problem, neighbours: Sequence[_Neighbour], latency: float, error: float | None
+) -> tuple[Trade, ...]:
     own = _db(problem, error)
     trades = []
 
-    def add(what: str, point: int) -> None:
-        psnr, at = _db(problem, float(solved.error[point])), float(solved.latency_s[point])
+    def add(what: str, found: _Neighbour) -> None:
+        psnr = _db(problem, found.error)
         trades.append(Trade(
-            what=what, latency_ms=1e3 * at, psnr_db=psnr, delta_ms=1e3 * (at - latency),
+            what=what, latency_ms=1e3 * found.latency_s, psnr_db=psnr, delta_ms=1e3 * (found.latency_s - latency),
             delta_db=None if psnr is None or own is None else psnr - own,
         ))
 
     if own is not None:
         for db in (1, -1):
-            good = [i for i in range(len(solved)) if problem.psnr_db(float(solved.error[i])) >= own + db]
+            good = [each for each in neighbours if problem.psnr_db(each.error) >= own + db]
             if good:
-                add(f"{abs(db)} dB {'more' if db > 0 else 'less'}", good[0])
+                add(f"{abs(db)} dB {'more' if db > 0 else 'less'}", min(good, key=lambda each: each.latency_s))
     for ms in (10, -10):
-        quick = [i for i in range(len(solved)) if solved.latency_s[i] <= latency + ms / 1e3 + _SLACK * latency]
+        quick = [each for each in neighbours if each.latency_s <= latency + ms / 1e3 + _SLACK * latency]
         if quick:
-            add(f"{abs(ms)} ms {'more' if ms > 0 else 'less'}", quick[-1])
+            add(f"{abs(ms)} ms {'more' if ms > 0 else 'less'}", min(quick, key=lambda each: each.error))
     return tuple(trades)

@@ -4,7 +4,7 @@ What a rank needs grows with the tables that it must be able to run (`memory.pla
 as a whole. Algorithm: tables that do not fit even beside the exact ones alone are left out. Where the schedule that
 is best without limits uses a set of tables that does not fit together, every schedule that fits lacks one of them; so
 each is left out in turn and the search goes on there. The best of what fits is the optimum among the solver's
-schedules; at most `MAX_SOLVES` frontiers are solved.
+schedules; at most `MAX_SOLVES` sets of candidates are tried.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from .memory import predicted_peaks
 from .problem import Problem
 from .schedule import Frontier
 
-__all__ = ["MAX_SOLVES", "Solved", "best_that_fits", "peaks_of", "within_limits"]
+__all__ = [
+    "MAX_SOLVES", "Choice", "Solved", "best_that_fits", "fits", "peaks_of", "peaks_of_steps", "refused",
+    "within_limits",
+]
 
 MAX_SOLVES = 24
 _MIB = 2**20
@@ -26,13 +29,31 @@ _MIB = 2**20
 
 @dataclass(frozen=True, eq=False)
 class Solved:
-    """A frontier and the point of it that answers the target."""
+    """A frontier and the point of it that answers a question."""
 
     problem: Problem
     frontier: Frontier
     point: int
-    value: float
-    """What is minimised: latency or error."""
+
+    @property
+    def latency_s(self) -> float:
+        """Of the point."""
+        return float(self.frontier.latency_s[self.point])
+
+    @property
+    def error(self) -> float:
+        """Of the point."""
+        return float(self.frontier.error[self.point])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A question to a frontier."""
+
+    point: Callable[[Problem, Frontier], int | None]
+    """The point that answers it best; None when none does."""
+    value: Callable[[Solved], float]
+    """What is minimised."""
 
 
 def peaks_of(problem: Problem, ranks: Sequence[RankSpec], patterns: Sequence[Pattern]) -> tuple[int, ...]:
@@ -53,7 +74,7 @@ def within_limits(plan: Plan) -> Plan:
         TargetError: it does not; the message says what it needs.
     """
     peaks = plan.predictions.peak_bytes or ()
-    if not _fits(peaks, plan.ranks):
+    if not fits(peaks, plan.ranks):
         raise TargetError(
             f"the plan needs {_listed(peaks)}, {_limits(plan.ranks)}; nearest is that much memory, or more ranks with "
             "weights='stages'"
@@ -62,62 +83,73 @@ def within_limits(plan: Plan) -> Plan:
 
 
 def best_that_fits(
-    problem: Callable[[frozenset[str]], Problem], solve: Callable[[Problem], Solved], ranks: Sequence[RankSpec],
-) -> Solved:
-    """The best answer whose tables fit every rank.
+    solve: Callable[[frozenset[str]], tuple[Problem, Frontier]], choose: Choice, ranks: Sequence[RankSpec],
+    placed: Problem,
+) -> Solved | None:
+    """The best answer whose tables fit every rank; None when no schedule that fits answers.
 
     Args:
-        problem: the candidates without the tables of these names.
-        solve: the best answer of a problem.
+        solve: the candidates without the tables of these names, and their frontier.
+        choose: the best point of a frontier, and what is minimised.
         ranks: with their limits.
+        placed: its tables are on the ranks that a plan will run them on.
 
     Raises:
-        TargetError: nothing fits, or what fits does not reach the target; the message names the nearest.
+        TargetError: not even exact steps fit; the message says what they need.
     """
-    everything = problem(frozenset())
     if all(rank.memory_bytes is None for rank in ranks):
-        return solve(everything)
-    exact = everything.exact
-    needed = peaks_of(everything, ranks, [exact])
-    if not _fits(needed, ranks):
-        raise TargetError(f"no plan fits: exact steps alone need {_listed(needed)}, {_limits(ranks)}; nearest is that "
-                          "much memory, or more ranks with weights='stages'")
+        problem, frontier = solve(frozenset())
+        point = choose.point(problem, frontier)
+        return None if point is None else Solved(problem, frontier, point)
+    exact = [p for p in placed.patterns if p.is_exact]
+    roomy = [p for p in exact if fits(peaks_of(placed, ranks, [p]), ranks)]
+    if not roomy:
+        raise TargetError(
+            f"no plan fits: exact steps alone need {_listed(peaks_of(placed, ranks, [placed.exact]))}, "
+            f"{_limits(ranks)}; nearest is that much memory, or more ranks with weights='stages'"
+        )
     alone = frozenset(
-        p.name for p in everything.patterns
-        if not p.is_exact and not _fits(peaks_of(everything, ranks, [exact, p]), ranks)
+        p.name for p in placed.patterns
+        if p not in roomy and not any(fits(peaks_of(placed, ranks, [e, p]), ranks) for e in roomy)
     )
     best: Solved | None = None
-    refused: TargetError | None = None
-    too_large: tuple[int, ...] | None = None
     waiting, seen = [alone], {alone}
     while waiting and len(seen) <= MAX_SOLVES:
         omitted = waiting.pop(0)
-        try:
-            found = solve(problem(omitted))
-        except TargetError as error:
-            refused = refused or error
+        problem, frontier = solve(omitted)
+        point = choose.point(problem, frontier)
+        if point is None:
             continue
-        if best is not None and found.value >= best.value:
+        found = Solved(problem, frontier, point)
+        if best is not None and choose.value(found) >= choose.value(best):
             continue
-        used = [found.problem.by_name[name] for name in dict.fromkeys(found.frontier.steps(found.point))]
-        peaks = peaks_of(everything, ranks, list(dict.fromkeys((*used, exact))))
-        if _fits(peaks, ranks):
+        steps = frontier.steps(point)
+        if fits(peaks_of_steps(placed, ranks, steps), ranks):
             best = found
             continue
-        too_large = too_large or peaks
-        for pattern in used:
-            fewer = omitted | {pattern.name}
-            if not pattern.is_exact and fewer not in seen:
+        for name in dict.fromkeys(steps):
+            fewer = omitted | {name}
+            if fewer not in seen and not fewer.issuperset(p.name for p in exact):
                 seen.add(fewer)
                 waiting.append(fewer)
-    if best is None:
-        limits = f"within the memory of the ranks ({_limits(ranks)})"
-        nearest = f"; a plan for the target needs {_listed(too_large)}" if too_large is not None else ""
-        raise TargetError(f"{limits}: {refused}{nearest}" if refused else f"nothing was found {limits}{nearest}")
     return best
 
 
-def _fits(peaks: Sequence[int], ranks: Sequence[RankSpec]) -> bool:
+def peaks_of_steps(placed: Problem, ranks: Sequence[RankSpec], steps: Sequence[str]) -> tuple[int, ...]:
+    """Predicted bytes of every rank that can run a schedule."""
+    return peaks_of(placed, ranks, [placed.by_name[name] for name in dict.fromkeys((*steps, placed.exact_of(steps)))])
+
+
+def refused(message: str, ranks: Sequence[RankSpec], needed: Sequence[int] | None) -> TargetError:
+    """`message` with the limits that it holds for, and what a plan for the target `needed` without them."""
+    if all(rank.memory_bytes is None for rank in ranks):
+        return TargetError(message)
+    nearest = "" if needed is None else f"; a plan for the target needs {_listed(needed)}"
+    return TargetError(f"within the memory of the ranks ({_limits(ranks)}): {message}{nearest}")
+
+
+def fits(peaks: Sequence[int], ranks: Sequence[RankSpec]) -> bool:
+    """Whether no rank needs more than it has."""
     return all(rank.memory_bytes is None or peak <= rank.memory_bytes for peak, rank in zip(peaks, ranks))
 
 

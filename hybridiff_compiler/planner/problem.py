@@ -36,7 +36,7 @@ class Problem:
             without: families to leave out.
             extra: further candidates, `without` or not.
             ranks: the ranks where they differ in speed; default: all as profiled.
-            omit: names of cheap patterns to leave out.
+            omit: names of patterns to leave out; not all of the exact ones.
             weights: `stages`: only patterns in which every rank evaluates one and the same stage (`stage_only`).
 
         Raises:
@@ -63,8 +63,8 @@ class Problem:
         self.excluded = _check_families(without, cheap)
         offered = exact if weights == "whole" else exact[1:]
         left_out = frozenset(omit)
-        cheap = [p for p in cheap if p.name not in left_out]
-        chosen = [*offered, *(p for p in cheap if family_of(p.name) not in self.excluded), *extra]
+        chosen = [*offered, *(p for p in cheap if family_of(p.name) not in self.excluded)]
+        chosen = [*(p for p in chosen if p.name not in left_out), *extra]
         self.patterns: tuple[Pattern, ...] = tuple({pattern.name: pattern for pattern in chosen}.values())
         self.exact = exact[-1]
         """`branch`, or `single` on one rank, or the relay."""
@@ -75,10 +75,24 @@ class Problem:
         """The candidate patterns by name."""
         return {pattern.name: pattern for pattern in self.patterns}
 
+    def exact_of(self, steps: Sequence[str]) -> str:
+        """The exact pattern for calls that a schedule does not cover: its own one, so that ranks need no other."""
+        return next((name for name in steps if self.by_name[name].is_exact), self.exact.name)
+
     @cached_property
     def costs(self) -> dict[str, StepCost]:
-        """Step costs of the candidates by name."""
-        return {pattern.name: self._model.step(pattern) for pattern in (self.single, *self.patterns)}
+        """Step costs of the candidates by name.
+
+        Raises:
+            InputError: the denoiser takes no time.
+        """
+        found = {pattern.name: self._model.step(pattern) for pattern in (self.single, *self.patterns)}
+        if not found[self.single.name].ideal_s > 0:
+            raise InputError(
+                "the profile says that the denoiser takes no time, so there is nothing to plan with; profile the model "
+                "again"
+            )
+        return found
 
     @cached_property
     def tables(self) -> tuple[StepTable, ...]:

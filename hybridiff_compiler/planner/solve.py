@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from typing import Literal
 
 from ..ir import (
@@ -24,7 +25,7 @@ from ..ir import (
 )
 from ..ir.versions import installed_versions
 from .certify import certify
-from .fitting import Solved, best_that_fits, peaks_of, within_limits
+from .fitting import Choice, Solved, best_that_fits, fits, peaks_of, peaks_of_steps, refused, within_limits
 from .policy import paper_schedule, paper_window
 from .problem import Problem
 from .rescale import at_steps
@@ -135,20 +136,23 @@ def plan(
         return within_limits(_paper_plan(scaled, gpus, without, ranks, asked, profile))
     problem = Problem(scaled, gpus, without, ranks=ranks, weights=weights)
     if policy == "exact":
-        steps = (problem.exact.name,) * scaled.num_steps
-        return within_limits(plan_for_steps(problem, steps, ranks, asked, source=profile))
+        return within_limits(_exact_plan(problem, ranks, asked, profile))
     costed = scaled if costs == "measured" else in_work_units(scaled)
 
-    def candidates(omitted: frozenset[str]) -> Problem:
-        return Problem(costed, gpus, without, ranks=ranks, weights=weights, omit=omitted)
+    @cache
+    def solve(omitted: frozenset[str]) -> tuple[Problem, Frontier]:
+        each = Problem(costed, gpus, without, ranks=ranks, weights=weights, omit=omitted)
+        return each, solve_problem(each)
 
-    def solve(each: Problem) -> Solved:
-        solved = solve_problem(each)
-        point = target.choose(each, solved)
-        of = solved.error if target.min_psnr is None else solved.latency_s
-        return Solved(each, solved, point, float(of[point]))
+    def answer(choice: Choice) -> Solved | None:
+        return best_that_fits(solve, choice, ranks, problem)
 
-    best = best_that_fits(candidates, solve, ranks)
+    best = answer(target.choice)
+    if best is None:
+        everything, solved = solve(frozenset())
+        point = target.choose(everything, solved)
+        needed = None if point is None else peaks_of_steps(problem, ranks, solved.steps(point))
+        raise refused(target.refusal(everything, answer), ranks, needed)
     return plan_for_steps(
         problem, best.frontier.steps(best.point), ranks, asked, quantile=quantile,
         certificate=certify(best.problem, target, best.frontier, best.point), source=profile,
@@ -189,10 +193,20 @@ def plan_for_steps(
     quantile: float | None = None, certificate: Certificate | None = None, source: Profile | None = None,
 ) -> Plan:
     """A plan with a fixed schedule, its predictions filled in; `source` is the profile as measured."""
-    used = [problem.by_name[name] for name in dict.fromkeys((*steps, problem.exact.name))]
+    exact = problem.exact_of(steps)
+    used = [problem.by_name[name] for name in dict.fromkeys((*steps, exact))]
     schedule = FixedSchedule(steps=tuple(steps))
     predictions = problem.predict(steps, target, quantile)
-    return make_plan(problem, used, schedule, ranks, predictions, certificate=certificate, source=source)
+    return make_plan(problem, used, schedule, ranks, predictions, exact=exact, certificate=certificate, source=source)
+
+
+def _exact_plan(problem: Problem, ranks: tuple[RankSpec, ...], target: str, source: Profile) -> Plan:
+    """The fastest exact pattern at every step, of those that fit if there are any."""
+    each = sorted(
+        reversed([p for p in problem.patterns if p.is_exact]), key=lambda p: problem.costs[p.name].latency_s
+    )
+    roomy = [p for p in each if fits(peaks_of(problem, ranks, [p]), ranks)]
+    return plan_for_steps(problem, ((roomy or each)[0].name,) * problem.profile.num_steps, ranks, target, source=source)
 
 
 def _paper_plan(
@@ -211,16 +225,19 @@ def _paper_plan(
 
 def make_plan(
     problem: Problem, patterns: Sequence[Pattern], schedule: Schedule, ranks: tuple[RankSpec, ...],
-    predictions: Predictions, *, certificate: Certificate | None = None, source: Profile | None = None,
+    predictions: Predictions, *, exact: str | None = None, certificate: Certificate | None = None,
+    source: Profile | None = None,
 ) -> Plan:
-    """A plan of the problem's model with these tables."""
+    """A plan of the problem's model with these tables; `exact`: for calls that it does not cover, default the
+    problem's."""
     profile = problem.profile
     names = dict.fromkeys(pattern.partition for pattern in patterns if pattern.partition != WHOLE)
     partitions = tuple(profile.partition(name) for name in names)
     peaks = peaks_of(problem, ranks, patterns)
     return Plan(
         weights="stages" if problem.weights == "stages" else "whole",
-        model=profile.model, ranks=ranks, partitions=partitions, patterns=tuple(patterns), exact=problem.exact.name,
+        model=profile.model, ranks=ranks, partitions=partitions, patterns=tuple(patterns),
+        exact=exact or problem.exact.name,
         schedule=schedule, predictions=predictions.model_copy(update={"peak_bytes": peaks}), certificate=certificate,
         provenance=PlanProvenance(
             created=datetime.now(UTC).isoformat(timespec="seconds"), profile_sha256=(source or profile).digest(),
@@ -257,11 +274,10 @@ def _ranks(
     each = (1.0,) * gpus if speeds is None else tuple(speeds)
     if len(each) != gpus or not all(math.isfinite(speed) and speed > 0 for speed in each):
         raise UsageError(f"got speeds {list(each)} for {gpus} GPUs; give one above 0 for each, rank 0 first")
-    limits: tuple[int | None, ...]
-    limits = (memory_bytes,) * gpus if memory_bytes is None or isinstance(memory_bytes, int) else tuple(memory_bytes)
-    if len(limits) != gpus or not all(limit is None or limit > 0 for limit in limits):
+    limits = tuple(memory_bytes) if isinstance(memory_bytes, Sequence) else (memory_bytes,) * gpus
+    if len(limits) != gpus or not all(limit is None or (isinstance(limit, int) and limit > 0) for limit in limits):
         raise UsageError(
-            f"got memory_bytes {list(limits)} for {gpus} GPUs; give one number of bytes above 0 for all of them, or "
-            "one for each, rank 0 first"
+            f"got memory_bytes {list(limits)} for {gpus} GPUs; give one whole number of bytes above 0 for all of them, "
+            "or one for each, rank 0 first"
         )
     return tuple(RankSpec(device=device, speed=speed, memory_bytes=limit) for speed, limit in zip(each, limits))

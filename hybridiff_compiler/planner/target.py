@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from ..ir import TargetError, UsageError
+from ..ir import UsageError
+from .fitting import Choice, Solved
 from .problem import Problem
 from .robust import check_quantile
 from .schedule import Frontier
@@ -16,6 +18,7 @@ __all__ = ["POLICIES", "Policy", "Target"]
 Policy = Literal["exact", "paper"]
 POLICIES: tuple[Policy, ...] = ("exact", "paper")
 _TOLERANCE = 1e-9
+_LATENCY: Callable[[Solved], float] = lambda found: found.latency_s  # noqa: E731
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,46 +92,71 @@ class Target:
         asked for."""
         return None if self.min_psnr is None else self.min_psnr + problem.reserve_db(self.quantile)
 
-    def choose(self, problem: Problem, solved: Frontier) -> int:
-        """The point to take.
+    def choose(self, problem: Problem, solved: Frontier) -> int | None:
+        """The point to take; None when there is none."""
+        if self.min_psnr is None:
+            return self._best(problem, solved)
+        point = self._fastest(problem, solved)
+        return point if self._is_quick(problem, float(solved.latency_s[point])) else None
 
-        Raises:
-            TargetError: there is none; the message names the nearest ones.
+    @property
+    def choice(self) -> Choice:
+        """`choose`, and what it minimises."""
+        return Choice(self.choose, (lambda found: found.error) if self.min_psnr is None else _LATENCY)
+
+    def refusal(self, problem: Problem, answer: Callable[[Choice], Solved | None]) -> str:
+        """Why there is no point to take, with the nearest ones.
+
+        Args:
+            problem: the candidates.
+            answer: of a question to their frontier; there is one whatever the latency.
         """
-        budget, needed = self.budget_s(problem), self.needed_db(problem)
-        judged = [problem.judged_db(float(error), self.quantile) for error in solved.error]
-        quick = [i for i in range(len(solved)) if budget is None or solved.latency_s[i] <= budget * (1 + _TOLERANCE)]
-        if needed is None:
-            if not quick:
-                raise TargetError(self._too_fast(problem, solved))
-            return quick[-1]
-        good = next(i for i in range(len(solved)) if judged[i] >= needed - _TOLERANCE)  # the exact schedule always is
-        if quick and good <= quick[-1]:
-            return good
-        if not quick:
-            raise TargetError(self._too_fast(problem, solved))
-        best = judged[quick[-1]] - problem.reserve_db(self.quantile)
-        within, slower = self._within(problem), float(solved.latency_s[good])
-        raise TargetError(
+        fastest = answer(Choice(lambda problem, solved: 0, _LATENCY))
+        assert fastest is not None, "a frontier has a first point"
+        if not self._is_quick(problem, fastest.latency_s):
+            return self._too_fast(problem, fastest)
+        best = answer(Choice(self._best, lambda found: found.error))
+        good = answer(Choice(self._fastest, _LATENCY))
+        assert best is not None, "the fastest is quick enough"
+        assert good is not None, "the exact schedule always is"
+        reached = problem.judged_db(best.error, self.quantile) - problem.reserve_db(self.quantile)
+        within = self._within(problem)
+        return (
             f"no schedule on {_gpus(problem)} is predicted to reach {self.min_psnr:g} dB {within}; the nearest are "
-            f"{_down(best)} dB {within}, and {self.min_psnr:g} dB at {_down(problem.single_s / slower, 2)}x "
-            f"({_ms(slower)} ms); lower one of the two or allow more patterns"
+            f"{_down(reached)} dB {within}, and {self.min_psnr:g} dB at "
+            f"{_down(problem.single_s / good.latency_s, 2)}x ({_ms(good.latency_s)} ms); lower one of the two or allow "
+            "more patterns"
         )
+
+    def _is_quick(self, problem: Problem, latency_s: float) -> bool:
+        budget = self.budget_s(problem)
+        return budget is None or latency_s <= budget * (1 + _TOLERANCE)
+
+    def _best(self, problem: Problem, solved: Frontier) -> int | None:
+        quick = [i for i in range(len(solved)) if self._is_quick(problem, float(solved.latency_s[i]))]
+        return quick[-1] if quick else None
+
+    def _fastest(self, problem: Problem, solved: Frontier) -> int:
+        needed = self.needed_db(problem)
+        assert needed is not None, "asked for a quality"
+        judged = (problem.judged_db(float(error), self.quantile) for error in solved.error)
+        return next(i for i, db in enumerate(judged) if db >= needed - _TOLERANCE)  # the exact schedule always is
 
     def _within(self, problem: Problem) -> str:
         return f"at {self.speedup:g}x" if self.speedup is not None else f"in {self.max_latency_ms:g} ms"
 
-    def _too_fast(self, problem: Problem, solved: Frontier) -> str:
-        fastest, psnr = float(solved.latency_s[0]), problem.psnr_db(float(solved.error[0]))
+    def _too_fast(self, problem: Problem, fastest: Solved) -> str:
+        psnr = problem.psnr_db(fastest.error)
         quality = "exactly" if math.isinf(psnr) else f"at {psnr:.1f} dB"
         if self.speedup is not None:
             return (
                 f"no schedule on {_gpus(problem)} is predicted to be {self.speedup:g}x as fast as one; the fastest "
-                f"reaches {_down(problem.single_s / fastest, 2)}x {quality}; ask for less or allow more patterns"
+                f"reaches {_down(problem.single_s / fastest.latency_s, 2)}x {quality}; ask for less or allow more "
+                "patterns"
             )
         return (
             f"no schedule on {_gpus(problem)} is predicted to take {self.max_latency_ms:g} ms or less; the fastest "
-            f"takes {_ms(fastest)} ms {quality}; ask for more or allow more patterns"
+            f"takes {_ms(fastest.latency_s)} ms {quality}; ask for more or allow more patterns"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hybridiff_compiler.ir import Plan, PlanMismatchError, Profile
+from hybridiff_compiler.ir import Guidance, Plan, PlanMismatchError, Profile
 from hybridiff_compiler.planner import Problem, explain, frontier, plan
 from hybridiff_compiler.planner.explain import target_of
 
@@ -63,3 +63,50 @@ def test_other_targets_and_kinds(profile: Profile) -> None:
     other = Plan(**(dict(short) | {"model": short.model.model_copy(update={"fingerprint": "1" * 64})}))
     with pytest.raises(PlanMismatchError, match="give the profile that it was made from"):
         explain(profile, other)
+
+
+def test_milliseconds_are_measured_ones_where_work_was_solved_for(profile: Profile) -> None:
+    made = plan(profile, speedup=3, costs="work")
+    found = explain(profile, made)
+    assert found.latency_ms == pytest.approx(1e3 * made.predictions.latency_s)
+    assert found.binding.startswith("work: 13.33 evaluations allowed, predicted 1")
+    slower = next(trade for trade in found.trades if trade.what == "10 ms more")
+    assert 0 < slower.delta_ms <= 10 + 1e-3
+    for run in found.runs:
+        assert 0 < run.saved_ms < found.latency_ms
+
+
+def test_ranks_with_their_own_stages_are_compared_with_what_they_can_run(profile: Profile) -> None:
+    made = plan(profile, min_psnr=28, weights="stages")
+    found = explain(profile, made)
+    relay = Problem(profile, 2, weights="stages")
+    assert found.latency_ms == pytest.approx(1e3 * made.predictions.latency_s)
+    for run in found.runs:
+        saved = (run.stop - run.start) * relay.costs[relay.exact.name].latency_s
+        cheap = sum(count * relay.costs[name].latency_s for name, count in run.patterns.items())
+        assert run.saved_ms == pytest.approx(1e3 * (saved - cheap))
+    fastest = frontier(profile, weights="stages")[0].latency_s
+    assert all(trade.latency_ms >= 1e3 * fastest - 1e-6 for trade in found.trades)
+
+
+def test_neighbours_fit_the_memory_of_the_ranks(profile: Profile) -> None:
+    limit = max(plan(profile, policy="exact").predictions.peak_bytes)
+    made = plan(profile, min_psnr=40, memory_bytes=limit)
+    for trade in explain(profile, made).trades:
+        better = plan(profile, max_latency_ms=trade.latency_ms * (1 + 1e-9), memory_bytes=limit)
+        assert better.predictions.psnr_db == pytest.approx(trade.psnr_db)
+    assert explain(profile, plan(profile, min_psnr=40)).trades != explain(profile, made).trades
+
+
+def test_the_published_rule_is_explained_as_predicted(profile: Profile) -> None:
+    flat = tuple(max(0.1, 0.3 - 0.05 * step) for step in range(profile.num_steps))
+    early = profile.model_copy(update={
+        "guidance": Guidance(rel_mae=(flat,)), "scheduler": "FlowMatchEulerDiscreteScheduler",
+    })
+    made = plan(early, policy="paper")
+    assert made.schedule.resolve(flat).steps != made.schedule.resolve(()).steps
+    found = explain(early, made)
+    assert found.psnr_db == pytest.approx(made.predictions.psnr_db)
+    assert [(run.start, run.stop) for run in found.runs] == [
+        (step, step + made.schedule.k) for step in [made.schedule.window_start(flat)]
+    ]

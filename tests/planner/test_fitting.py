@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from hybridiff_compiler.ir import TargetError, UsageError
+from hybridiff_compiler.ir import Profile, TargetError, UsageError
 from hybridiff_compiler.planner import frontier, plan
 
 from .profiles import make_profile
@@ -44,8 +45,64 @@ def test_the_best_plan_that_fits_is_found(target: dict[str, float]) -> None:
 
 def test_what_does_not_fit_at_all_is_refused_with_what_is_needed() -> None:
     for arguments in ({"policy": "exact"}, {"policy": "paper"}, {"min_psnr": 30.0}):
-        with pytest.raises(TargetError, match=r"need.* MiB on rank 0.*allowed are 0.0 MiB on rank 1.*nearest"):
-            plan(PROFILE, **arguments, memory_bytes=(None, 1))  # type: ignore[arg-type]
+        with pytest.raises(TargetError, match=r"need.* MiB on rank 0.*allowed are 0.0 MiB on rank 0, 0.0.*nearest"):
+            plan(PROFILE, **arguments, memory_bytes=1)  # type: ignore[arg-type]
+
+
+def test_where_only_the_driver_has_room_it_works_alone() -> None:
+    needed = peaks(plan(PROFILE, policy="exact"))
+    for target in ({"policy": "exact"}, {"min_psnr": 200.0}):
+        made = plan(PROFILE, **target, memory_bytes=(None, needed[1] - 1))  # type: ignore[arg-type]
+        assert set(made.schedule.patterns) == {made.exact} == {"single"}
+        assert peaks(made)[1] < needed[1]
+
+
+def busy(seed: int) -> Profile:
+    """A profile whose layers take up memory."""
+    rng = np.random.default_rng(seed)
+    profile = make_profile(num_steps=6, max_age=2, depth=3, seed=seed)
+    layers = tuple(
+        layer.model_copy(update={"traffic_bytes": int(rng.integers(30_000))}) for layer in profile.graph.layers
+    )
+    return profile.model_copy(update={"graph": profile.graph.model_copy(update={"layers": layers})})
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("target", [{"speedup": 9.0}, {"min_psnr": 60.0, "speedup": 2.5}])
+def test_the_nearest_that_an_error_names_can_be_had(seed: int, target: dict[str, float]) -> None:
+    """Tables that fit one by one need not fit together."""
+    profile = busy(seed)
+    for without in ((), ("reuse", "trend", "half-trend")):
+        exact = peaks(plan(profile, policy="exact"))
+        largest = np.max([peaks(plan(profile, min_psnr=psnr, without=without)) for psnr in (10, 30, 50)], axis=0)
+        for share in (0.0, 0.3, 0.6, 0.9):
+            limits = [round(a + share * (b - a)) for a, b in zip(exact, largest.tolist())]
+            with pytest.raises(TargetError, match="within the memory of the ranks") as refusal:
+                plan(profile, **target, without=without, memory_bytes=limits)  # type: ignore[arg-type]
+            message = str(refusal.value)
+            if "the fastest reaches" in message:
+                nearest = [{"speedup": float(message.split("the fastest reaches ")[1].split("x")[0])}]
+            else:
+                better, faster = message.split("the nearest are ")[1].split(", and ")
+                nearest = [
+                    {"min_psnr": float(better.split(" dB")[0]), "speedup": target["speedup"]},
+                    {"min_psnr": target["min_psnr"], "speedup": float(faster.split(" at ")[1].split("x")[0])},
+                ]
+            for each in nearest:
+                made = plan(profile, **each, without=without, memory_bytes=limits)  # type: ignore[arg-type]
+                assert all(peak <= limit for peak, limit in zip(peaks(made), limits))
+
+
+def test_plans_for_work_fit_where_they_run() -> None:
+    """On unequal ranks, work and time put the units of one table on different ranks."""
+    profile, without = busy(0), ("reuse", "trend", "half-trend")
+    options = {"min_psnr": 40, "costs": "work", "speeds": (1.0, 2.0), "without": without}
+    needed = peaks(plan(profile, **options))  # type: ignore[arg-type]
+    exact = peaks(plan(profile, policy="exact"))
+    for share in (0.2, 0.5, 0.8):
+        limits = tuple(round(a + share * (b - a)) for a, b in zip(exact, needed))
+        made = plan(profile, **options, memory_bytes=limits)  # type: ignore[arg-type]
+        assert all(peak <= limit for peak, limit in zip(peaks(made), limits))
 
 
 def test_a_target_that_only_more_memory_reaches_is_refused() -> None:
@@ -57,7 +114,7 @@ def test_a_target_that_only_more_memory_reaches_is_refused() -> None:
         plan(PROFILE, speedup=2 * fastest, memory_bytes=limit)
 
 
-@pytest.mark.parametrize("limits", [(1 << 30,), (1, 2, 3), 0, (1 << 30, -1)])
+@pytest.mark.parametrize("limits", [(1 << 30,), (1, 2, 3), 0, (1 << 30, -1), 1e9, (1 << 30, 1.5)])
 def test_limits_must_suit_the_ranks(limits: object) -> None:
     with pytest.raises(UsageError, match="memory_bytes"):
         plan(PROFILE, policy="exact", memory_bytes=limits)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ import pytest
 
 from hybridiff_compiler.ir import (
     AdaptiveSchedule,
+    Costs,
     FixedSchedule,
     Guidance,
     InputError,
@@ -324,6 +325,25 @@ def test_a_profile_without_errors_allows_policies_only(profile: Profile) -> None
             plan(bare(profile), **arguments)
     with pytest.raises(InputError, match="no partition for the paper's pattern"):
         plan(bare(profile, partitions=(), patterns=()), policy="paper")
+
+
+@pytest.mark.parametrize("overhead_s", [0.0, 0.001])
+def test_a_profile_without_times_is_refused(profile: Profile, overhead_s: float) -> None:
+    costs = Costs(layers={1: (0.0,) * len(profile.graph.layers)}, step_overhead_s=overhead_s)
+    idle = profile.model_copy(update={"costs": costs})
+    for target in ({"policy": "exact"}, {"policy": "paper"}, {"min_psnr": 30}, {"speedup": 2}):
+        with pytest.raises(InputError, match="takes no time"):
+            plan(idle, **target)
+    with pytest.raises(InputError, match="takes no time"):
+        frontier(idle)
+
+
+def test_the_exact_policy_leaves_out_a_rank_that_would_hold_up_the_other(profile: Profile) -> None:
+    assert plan(profile, policy="exact", speeds=(1, 0.6)).schedule.patterns == ("branch",)
+    made = plan(profile, policy="exact", speeds=(1, 0.1))
+    assert made.schedule.patterns == ("single",) == (made.exact,)
+    assert made.predictions.speedup == pytest.approx(1)
+    assert [pattern.name for pattern in made.patterns] == ["single"]
 
 
 def test_patterns_without_errors_are_not_planned_with(profile: Profile) -> None:
