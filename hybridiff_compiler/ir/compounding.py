@@ -45,7 +45,7 @@ class Compounding(Data):
     prompt_std_db: float = Field(default=0.0, ge=0)
     """Standard deviation of the PSNR over prompts, mean over the measured schedules."""
     prompts: int = Field(default=0, ge=0)
-    """Number of prompts that each schedule was measured on."""
+    """Number of prompts that schedules were measured on, each on one block of them."""
     schedules: int = Field(default=0, ge=0)
     """Number of schedules measured for the fit."""
     checks: tuple[ScheduleCheck, ...] = ()

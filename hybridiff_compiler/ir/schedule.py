@@ -77,6 +77,10 @@ class AdaptiveSchedule(Data):
     `0 <= (m[i-L+1] - m[i]) / L < eps` and more than L values known sets tau1 = i; if none is found by step
     `tau_cap - 1`, tau1 = tau_cap. Steps `[tau1 + lag, tau1 + lag + k)` run `window`, all later ones `warmup` again.
     When the cap fires the window starts at `tau_cap` itself.
+
+    METHOD.md's interval `[tau1, tau1 + k]` names k + 1 steps. Where the slope fires, step tau1 has run already (its
+    discrepancy is what fires), so with a lag of 1 the window is exactly the k steps that are left of it; where the cap
+    fires it is k steps here as well, one fewer than the interval.
     """
 
     kind: Literal["adaptive"] = "adaptive"

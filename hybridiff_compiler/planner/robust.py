@@ -58,10 +58,11 @@ def quantile_offset_db(compounding: Compounding, quantile: float, mean_db: float
         InputError: the profile did not measure how prompts differ.
     """
     check_quantile(quantile)
-    if not compounding.prompts:
+    if compounding.prompts < 2:
         raise InputError(
-            "the profile did not measure how the PSNR differs between prompts, so a quantile cannot be predicted; "
-            "leave --quantile out or profile the model again with a dozen prompts or more"
+            "the profile did not measure how the PSNR differs between prompts, so a quantile cannot be predicted (it "
+            f"measured whole schedules on {compounding.prompts}); leave --quantile out or profile the model again with "
+            "a dozen prompts or more"
         )
     return NormalDist().inv_cdf(quantile) * prompt_std_db(compounding, mean_db)
 

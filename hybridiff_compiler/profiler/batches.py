@@ -65,8 +65,9 @@ class Batch:
 
 
 def block_borders(prompts: int) -> list[int]:
-    """Where the blocks of prompts begin and end: about a dozen each, two at least; a single prompt makes one."""
-    count = min(prompts, max(2, round(prompts / _BLOCK)))
+    """Where the blocks of prompts begin and end: about a dozen each, two blocks at least, but none of a single prompt,
+    which would not tell how prompts differ (fewer than four make one block)."""
+    count = min(max(1, prompts // 2), max(2, round(prompts / _BLOCK)))
     return [round(k * prompts / count) for k in range(count + 1)]
 
 

@@ -38,6 +38,8 @@ _OUTLIER_DB = 1.5
 """Distance from the curve beyond which a schedule counts less."""
 _DRAW = 0.7
 """Schedules at a knot that weigh as much as the smooth curve."""
+_LEAST_RISE_DB = 1e-3
+"""From knot to knot: a curve rises strictly."""
 _BEND_SPREAD = 0.01
 """Prior standard deviation of the bend of the curve, in dB per dB squared."""
 
@@ -82,6 +84,7 @@ def fit_schedules(measured: Sequence[MeasuredSchedule]) -> Fit:
     model = _solve(table, means, blocks)
     raw = model.raw(table)
     spread = [float(np.std(each.psnr_db, ddof=1)) if len(each.psnr_db) > 1 else 0.0 for each in measured]
+    known = [std for std, each in zip(spread, measured) if len(each.psnr_db) > 1]
     prompts = sum({each.block: len(each.psnr_db) for each in measured}.values())
     predicted = _across_blocks(table, means, blocks)
     checks = tuple(
@@ -98,7 +101,8 @@ def fit_schedules(measured: Sequence[MeasuredSchedule]) -> Fit:
         compounding=Compounding(
             knots=_knots(raw, model.level(means, blocks), model.predict(table), planned),
             residual_db=_rounded(_left_out_residual(table, means, blocks, planned if planned.any() else ~planned)),
-            prompt_std_db=_rounded(float(np.mean(spread))), prompts=prompts, schedules=len(measured), checks=checks,
+            prompt_std_db=_rounded(float(np.mean(known or [0.0]))), prompts=prompts, schedules=len(measured),
+            checks=checks,
         ),
     )
 
@@ -219,9 +223,10 @@ def _knots(
     ]
     heights = isotonic_regression(means, weights=totals).x
     knots: list[tuple[float, float]] = []
-    for centre, height in zip(centres, heights):
-        if not knots or height > knots[-1][1] + 1e-3:
-            knots.append((_rounded(centre), _rounded(float(height))))
+    for centre, height in zip(centres, heights.tolist()):
+        # A flat part keeps both its ends: the curve must not rise where what was measured does not.
+        least = knots[-1][1] + _LEAST_RISE_DB if knots else -math.inf
+        knots.append((_rounded(centre), _rounded(max(height, least))))
     return tuple(knots)
 
 

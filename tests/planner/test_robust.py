@@ -69,3 +69,5 @@ def test_wrong_arguments_are_named() -> None:
             check_quantile(share)
     with pytest.raises(InputError, match="did not measure how the PSNR differs"):
         quantile_offset_db(Compounding(), 0.05, 30.0)
+    with pytest.raises(InputError, match="measured whole schedules on 1"):
+        quantile_offset_db(Compounding(prompts=1), 0.05, 30.0)

@@ -1,11 +1,13 @@
 """Weights, curve and cross-validation from schedules whose PSNR follows a known law."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 
 from hybridiff_compiler.ir import Compounding
+from hybridiff_compiler.profiler.batches import block_borders
 from hybridiff_compiler.profiler.compounding import MeasuredSchedule, fit_schedules
 
 TRUE = {"cfg/activations": 1.0, "mirror/activations": 0.5, "last/memory": 2.0}
@@ -57,6 +59,20 @@ def test_one_block_alone_has_a_curve_and_no_checks():
     assert fit.compounding.knots
     assert fit.compounding.checks == ()
     assert fit.compounding.mean_error_db() is None
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 3, 4, 5, 12, 25, 32, 100])
+def test_no_block_has_a_single_prompt(prompts):
+    sizes = [end - begin for begin, end in itertools.pairwise(block_borders(prompts))]
+    assert sum(sizes) == prompts
+    assert min(sizes) >= min(2, prompts)
+    assert len(sizes) >= 2 or prompts < 4
+
+
+def test_a_block_of_one_prompt_says_nothing_about_their_spread():
+    some = schedules(20, noise=2.0)
+    lonely = [MeasuredSchedule(e.errors, e.psnr_db[: 1 if e.block else 6], e.block, e.kind) for e in some]
+    assert fit_schedules(lonely).compounding.prompt_std_db > 1.2
 
 
 def test_nothing_measured_nothing_learnt():

@@ -84,6 +84,14 @@ def test_any_measurement_gives_an_increasing_curve(points):
     assert all(b >= a for a, b in itertools.pairwise(values))
 
 
+def test_what_does_not_rise_is_not_predicted_to():
+    """Better schedules that turn out no better, as where the PSNR saturates."""
+    raw, measured = [20.0, 25.0, 30.0, 35.0, 40.0], [[30.0], [35.0], [35.5], [34.5], [35.0]]
+    fit = fit_compounding(raw, measured)
+    assert [fit.psnr_db(10 ** (-value / 20)) for value in raw] == pytest.approx([30, 35, 35, 35, 35], abs=0.01)
+    assert fit.psnr_db(10 ** (-41 / 20)) == pytest.approx(36.0, abs=0.01)
+
+
 def test_no_schedules_no_curve():
     assert fit_compounding([], []) == Compounding()
     assert Compounding().psnr_db(0.01) == pytest.approx(40)

@@ -52,7 +52,8 @@ def test_profile_is_complete(bench, profile):
     assert {len(row) for row in profile.redundancy.change.values()} == {STEPS - 1}
     assert set(profile.redundancy.mean) == {value.name for value in profile.graph.values}
     assert profile.sampling.prompts == 2
-    assert len(profile.compounding.checks) == profile.compounding.schedules
+    assert (profile.compounding.prompts, profile.compounding.checks) == (2, ()), "two prompts make one block"
+    assert profile.compounding.prompt_std_db > 0
     cheap = {p.name for p in profile.patterns if not p.is_exact}
     assert set(profile.errors_by_pattern) == cheap
     assert all(value > 0 for e in profile.errors for c in e.curves for row in c.rmse for value in row)
