@@ -48,7 +48,7 @@ class OnnxStage:
             InputError: arguments of other shapes or dtypes than exported.
         """
         fitted = fit_arguments(arguments, self._inputs)
-        results = [torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in self._outputs]
+        results = [torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="cpu") for spec in self._outputs]
         binding = self._session.io_binding()
         for spec, tensor in zip(self._inputs, fitted):
             binding.bind_input(spec.name, "cpu", 0, _element_type(tensor.dtype), spec.shape, tensor.data_ptr())

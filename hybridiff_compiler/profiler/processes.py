@@ -9,7 +9,7 @@ import sys
 import tempfile
 from typing import Any
 
-from ..runtime.processes import read_frame, write_frame
+from ..runtime.processes import import_path, read_frame, working_directory, write_frame
 
 __all__ = ["Process"]
 
@@ -27,8 +27,8 @@ class Process:
         """
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, bufsize=0,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path)}
+            [sys.executable, "-P", "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
+            bufsize=0, cwd=working_directory(), env=os.environ | {"PYTHONPATH": import_path()}
             | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)}),
         )
 

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from ..ir import InputError
-from .processes import die_with, read_frame, write_frame
+from .processes import die_with, import_path, read_frame, working_directory, write_frame
 
 __all__ = ["Builders", "default_jobs", "own_cores", "serve_jobs"]
 
@@ -190,11 +190,12 @@ class _Process:
         variables = os.environ | {
             "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads),
             "TORCHINDUCTOR_COMPILE_THREADS": str(threads),
-            "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path),
+            "PYTHONPATH": import_path(),
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", "-m", module], bufsize=0,
+            [sys.executable, "-P", "-X", "faulthandler", "-m", module], bufsize=0,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=variables, start_new_session=True,
+            cwd=working_directory(),
         )
 
     def ask(self, job: Any) -> Any:

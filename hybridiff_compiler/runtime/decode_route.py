@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import time
 import warnings
@@ -19,6 +18,7 @@ from ..capture.decoder import capture_decoder, decode_parameters
 from ..capture.rows import split_rows
 from ..ir import InputError, Plan, UsageError
 from .decode_ranks import DecodeCall, DecodeRank, decode_dtype, decoder_to_share
+from .instance_hooks import InstanceHook
 from .intercept import find_denoiser
 
 __all__ = [
@@ -176,7 +176,6 @@ def routed(
             return "gradients are asked for"
         return None if _weights_key(decoding) == known else "the VAE's weights changed after parallelize"
 
-    @functools.wraps(original)
     def routed_decode(*args: Any, **kwargs: Any) -> Any:
         call = signature.bind(*args, **kwargs)
         latents = next(iter(call.arguments.values()), None)
@@ -199,11 +198,11 @@ def routed(
 
         return DecoderOutput(sample=image)
 
-    vae.decode = routed_decode
+    hook = InstanceHook.put(vae, "decode", routed_decode)
     try:
         yield
     finally:
-        vae.__dict__.pop("decode", None)
+        hook.remove()
 
 
 def _weights_key(decoding: Decoding) -> tuple[object, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.kept import Moment
-from ..ir import Branch, CallSignature, Plan, PlanMismatchError, UsageError
+from ..ir import Branch, CallSignature, Plan, PlanMismatchError, UsageError, WorkerError
 from .branch_calls import batch_factor, scale_signature
 from .decode_ranks import DecodeRank
 from .estimates import EstimateMemory
@@ -61,7 +62,8 @@ class Driver:
             close: ends the workers and removes the hooks; called when a step cannot be finished.
             watch: looks after the workers while the host runs ahead of the devices; None on CPUs.
         """
-        self.plan = plan
+        self.plan = self._next_plan = plan
+        self._owner = os.getpid()
         self.executed: list[str] = []
         """Pattern names of the current generation so far."""
         self._denoiser, self._executors, self._transport, self._pool = denoiser, executors, transport, pool
@@ -89,33 +91,59 @@ class Driver:
 
     def use(self, plan: Plan) -> None:
         """Follow another plan from the next generation on; its patterns must be among those that the ranks know."""
-        self.plan = plan
-        self._schedule = ScheduleState(plan.schedule)
+        self._next_plan = plan
 
     def stage_seconds(self, name: str) -> list[float]:
         """Time of every rank's graphs of pattern `name` alone, measured on all of them at once."""
         flow, seconds = self._executor.flow(name), [0.0] * self.plan.world_size
         self._timings += 1
         asked = sorted(flow.ranks - {0})
-        for rank in asked:
-            assert self._outbox is not None
-            self._outbox.send(rank, Order(self._generation, TIMING, self._index[name], self._timings), ())
-        seconds[0] = self._executor.stage_seconds(name)
-        for rank in asked:
-            assert self._pool is not None
-            seconds[rank] = float(self._pool.answer(f"{TIMED}/{self._timings}/{rank}"))
+        with self._closing("timing the stages"):
+            for rank in asked:
+                self._ask(rank, Order(self._generation, TIMING, self._index[name], self._timings))
+            seconds[0] = self._executor.stage_seconds(name)
+            for rank in asked:
+                seconds[rank] = float(self._answer(f"{TIMED}/{self._timings}/{rank}"))
         return seconds
 
     def peak_bytes(self) -> list[int]:
         """The most memory that every rank has needed so far."""
         self._reports += 1
         peaks = [peak_bytes(next(self._denoiser.parameters()).device)]
-        for rank in range(1, self.plan.world_size):
-            assert self._outbox is not None
-            assert self._pool is not None
-            self._outbox.send(rank, Order(self._generation, REPORTING, None, self._reports), ())
-            peaks.append(int(self._pool.answer(f"{REPORTED}/{self._reports}/{rank}")))
+        with self._closing("asking for peaks of memory"):
+            for rank in range(1, self.plan.world_size):
+                self._ask(rank, Order(self._generation, REPORTING, None, self._reports))
+                peaks.append(int(self._answer(f"{REPORTED}/{self._reports}/{rank}")))
         return peaks
+
+    def _ask(self, rank: int, order: Order) -> None:
+        """Send an order between generations."""
+        self._check_owner()
+        assert self._outbox is not None
+        self._outbox.send(rank, order, ())
+
+    def _answer(self, key: str) -> str:
+        assert self._pool is not None
+        return self._pool.answer(key)
+
+    @contextmanager
+    def _closing(self, doing: str) -> Iterator[None]:
+        """Close and say why if a worker turns out to be gone."""
+        try:
+            yield
+        except (PeerError, WorkerError) as error:
+            self._fail(error, doing)
+
+    def _check_owner(self) -> None:
+        """
+        Raises:
+            UsageError: in a child that was forked later.
+        """
+        if os.getpid() != self._owner:
+            raise UsageError(
+                f"parallelize was called in process {self._owner}, this is its fork {os.getpid()}, which cannot talk "
+                "to the workers; call parallelize after forking, or close() the copy here to run on one device"
+            )
 
     @contextmanager
     def traced(self, target: Path) -> Iterator[None]:
@@ -125,37 +153,40 @@ class Driver:
         own = RankTrace(next(self._denoiser.parameters()).device)
         with tempfile.TemporaryDirectory() as folder:
             for rank in ranks:
-                assert self._outbox is not None
                 assert self._pool is not None
                 self._pool.tell(f"{TRACED}/{number}", folder)
-                self._outbox.send(rank, Order(self._generation, TRACING, 0, number), ())
-                self._pool.answer(f"{TRACED}/{number}/{rank}/started")
+                self._ask(rank, Order(self._generation, TRACING, 0, number))
+                self._answer(f"{TRACED}/{number}/{rank}/started")
             own.start()
             try:
                 yield
             finally:
                 own.stop(Path(folder) / "0.json")
                 for rank in ranks:
-                    assert self._outbox is not None
-                    assert self._pool is not None
-                    self._outbox.send(rank, Order(self._generation, TRACING, 1, number), ())
-                    self._pool.answer(f"{TRACED}/{number}/{rank}")
+                    self._ask(rank, Order(self._generation, TRACING, 1, number))
+                    self._answer(f"{TRACED}/{number}/{rank}")
             merge_traces([Path(folder) / f"{rank}.json" for rank in (0, *ranks)], target)
 
     def start(self, num_steps: int, signature: CallSignature) -> bool:
         """See `StepHandler.start`: covered are calls of the plan's signature with the weights that the ranks hold.
 
-        Only whether these lie where they did is looked at here, since recorded graphs read that memory. Whether they
-        are the denoiser's still, and were not written to, is looked at when the first step is under way: with thousands
-        of parameters that takes as long as several layers.
+        Whether these lie where they did is looked at here, since recorded graphs read that memory, and a sample of
+        their values. Whether they are the denoiser's still, and were not written to as far as torch knows, is looked at
+        when the first step is under way: with thousands of parameters that takes as long as several layers.
         """
         if self._bypass:
             return False
+        self._check_owner()
+        if self.plan is not self._next_plan:
+            self.plan = self._next_plan
+            self._schedule = ScheduleState(self.plan.schedule)
+        if torch.is_autocast_enabled(next(self._denoiser.parameters()).device.type):
+            return self._uncovered("torch.autocast is on, which the plan's graphs do not follow (leave it out)")
         images = batch_factor(self.plan.model.signature, signature)
         if images is None:
             mismatch = self.plan.model.signature.mismatch(signature)
             return self._uncovered(f"the plan does not cover this call ({mismatch})")
-        if self._weights.have_moved():
+        if self._weights.have_moved() or self._weights.were_written():
             return self._uncovered(_CHANGED)
         if images != self._images and not self._resize(images):
             return False

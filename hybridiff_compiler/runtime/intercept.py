@@ -133,13 +133,17 @@ class _Watcher:
         self._pairs: TwoCalls | None = None
         self._pending: tuple[Mapping[str, Tensor], Tensor] | None = None
         """Inputs and estimate of the second call that is to come."""
+        self._tells_timesteps = False
+        """Whether the present generation's first timestep was the scheduler's own."""
         self._said: set[str] = set()
 
     def call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One denoiser call: a step for the handler, or the original forward."""
         self.scheduler.follow()
         signature, tensors = flatten_call(self._denoiser, args, kwargs)
-        if self.scheduler.fresh:
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()):
+            self._leave("gradients are asked for, which only the denoiser as it is can give")
+        elif self.scheduler.fresh:
             self._begin(signature, tensors)
         elif self._first is not None:
             self._begin_pairs(signature, tensors)
@@ -179,13 +183,24 @@ class _Watcher:
         self._pending = inputs[uncond], pair[uncond]
         return pair[cond].clone()
 
+    def _leave(self, reason: str) -> None:
+        """Give the rest of a generation to the original forward."""
+        if self.scheduler.fresh or self._covered:
+            self._say_once(f"{reason}; the rest of this generation runs on one device")
+        self.scheduler.fresh = self._covered = False
+        self._first = self._pairs = self._pending = None
+
     def _run(
         self, inputs: Mapping[Branch, Mapping[str, Tensor]], timestep: Tensor
     ) -> Mapping[Branch, Tensor] | None:
-        call = GuidedCall(
-            step=self._step, num_steps=self._num_steps, inputs=inputs,
-            timesteps=self.scheduler.timesteps(timestep, self._step),
-        )
+        timesteps = self.scheduler.timesteps(timestep, self._step)
+        if self._step == 0:
+            self._tells_timesteps = timesteps is not None
+        elif self._tells_timesteps and timesteps is None:
+            # Another pipeline with this denoiser, after a generation that ended early, would go on with its state.
+            self._leave("the timesteps are no longer those of the pipeline's scheduler that the generation began with")
+            return None
+        call = GuidedCall(step=self._step, num_steps=self._num_steps, inputs=inputs, timesteps=timesteps)
         self._step += 1
         pair = self._handler.step(call)
         self._covered = self._covered and pair is not None

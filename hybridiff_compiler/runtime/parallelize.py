@@ -6,7 +6,7 @@ import contextlib
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,6 @@ from .executor import RankExecutors
 from .intercept import find_denoiser, intercept, is_intercepted
 from .nccl import NcclTransport
 from .processes import HELD, READY, Pool
-from .settings import NumericSettings
 from .stage_weights import held_bytes
 from .starting import START_TIMEOUT_S, Order, start_workers
 from .torchrun import own_rank, serve_rank
@@ -167,8 +166,7 @@ class ParallelPipeline:
                 started with.
             UsageError: closed already.
         """
-        if not self.is_open:
-            raise UsageError("this parallel pipeline is closed; call parallelize again")
+        self._check_open()
         if (plan.model, plan.ranks) != (self.plan.model, self.plan.ranks):
             raise PlanMismatchError("the plan is for another model or other ranks than the workers were started for")
         partitions = {p.name: p for p in self.plan.partitions}
@@ -183,14 +181,17 @@ class ParallelPipeline:
 
     def stage_seconds(self, pattern: str) -> list[float]:
         """Time of every rank's stage graphs of a step of `pattern`, without transfers; between generations only."""
+        self._check_open()
         return self._driver.stage_seconds(pattern)
 
     def peak_bytes(self) -> list[int]:
         """Most memory of every rank so far, on its GPU or else resident in its process; between generations only."""
+        self._check_open()
         return self._driver.peak_bytes()
 
     def held_bytes(self) -> list[int]:
         """Memory of every rank for the denoiser's parameters, as they are held now."""
+        self._check_open()
         own = held_bytes(self._denoiser)
         if self.plan.weights == "whole" or self._pool is None:
             return [own] * self.plan.world_size
@@ -201,11 +202,16 @@ class ParallelPipeline:
 
         The file is a gzipped Chrome trace (`trace.json.gz`), for Perfetto or chrome://tracing. Only ranks of one host.
         """
+        self._check_open()
         return self._driver.traced(Path(target))
 
     def bypassed(self) -> AbstractContextManager[None]:
         """A context in which the pipeline runs as if there were no plan."""
         return self._driver.bypassed()
+
+    def _check_open(self) -> None:
+        if not self.is_open:
+            raise UsageError("this parallel pipeline is closed; call parallelize again")
 
     def close(self) -> None:
         """End the workers and restore the pipeline; does nothing when closed already."""
@@ -232,9 +238,7 @@ class ParallelPipeline:
         self, pipe: Any, denoiser: nn.Module, timeout_s: float, threads: int, backend: str,
         on_progress: Callable[[str, int, int], None] | None,
     ) -> None:
-        settings = NumericSettings.current()
-        self._resources.callback(settings.apply)
-        torch.set_num_threads(threads)
+        self._resources.enter_context(_threads(threads))
         plan, device = self.plan, self._devices[0]
         started = start_workers(
             Order(
@@ -277,3 +281,15 @@ class ParallelPipeline:
             way, self._decode_seconds = faster(ways, latents)
         self._decoded_by = way
         self._resources.enter_context(routed(decoding, ways[way], lambda: driver.is_bypassed))
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """While open, operations use so many threads; then as many as before, unless somebody chose others meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() == count != before:
+            torch.set_num_threads(before)

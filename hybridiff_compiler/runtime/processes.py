@@ -29,8 +29,9 @@ import torch.distributed as dist
 from ..ir import WorkerError
 
 __all__ = [
-    "FAILED", "HELD", "JOINED", "READY", "REPORTED", "RESIZED", "TIMED", "TRACED", "Pool", "WorkerPool", "die_with",
-    "open_store", "read_frame", "wait_until_set", "write_frame",
+    "FAILED", "HELD", "JOINED", "READY", "REPORTED", "RESIZED", "TIMED", "TRACED", "Pool", "WorkerPool", "await_answer",
+    "die_with", "import_path", "is_forked", "open_store", "read_frame", "wait_until_set",
+    "working_directory", "write_frame",
 ]
 
 class Pool(Protocol):
@@ -53,7 +54,11 @@ class Pool(Protocol):
         """Set `key` in the store."""
 
     def answer(self, key: str) -> str:
-        """What a rank has set `key` in the store to, waiting for it."""
+        """What a rank has set `key` in the store to, waiting for it.
+
+        Raises:
+            WorkerError: a rank has ended.
+        """
 
     def failure(
         self, doing: str, *, silent: Sequence[int] = (), timeout_s: float = 0.0, suspect: int | None = None
@@ -106,6 +111,40 @@ def write_frame(stream: Any, data: bytes) -> None:
             view = view[stream.write(view):]
 
 
+def is_forked(owner: int, *kept: object) -> bool:
+    """Whether this is another process than `owner`: a child that was forked later.
+
+    Nothing of the parent's may be ended there. `kept` is then kept for ever: destructors would wait for threads that
+    only the parent has.
+    """
+    if os.getpid() == owner:
+        return False
+    for thing in kept:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+    return True
+
+
+def import_path() -> str:
+    """`PYTHONPATH` with which another process finds the modules that this one does, and no others.
+
+    Start it with `-P`: `-m` would put the working directory first, whatever lies there.
+    """
+    entries = []
+    for entry in sys.path:
+        with contextlib.suppress(OSError):  # the working directory was deleted, so nothing is found there
+            entries.append(os.path.abspath(entry))
+    return os.pathsep.join(entries)
+
+
+def working_directory() -> str | None:
+    """Where to start another process: None for here; another place if this directory was deleted (MKL needs one)."""
+    try:
+        os.getcwd()
+    except OSError:
+        return tempfile.gettempdir()
+    return None
+
+
 def die_with(parent: int) -> None:
     """Have the kernel kill this process when its parent dies, where it can (Linux)."""
     if not sys.platform.startswith("linux"):
@@ -151,6 +190,19 @@ def wait_until_set(pool: Pool, store: dist.Store, key: str, ranks: Sequence[int]
         time.sleep(0.01)
 
 
+def await_answer(pool: Pool, store: dist.Store, key: str) -> str:
+    """What `key` is set to in the store, however long that takes.
+
+    Raises:
+        WorkerError: a rank of `pool` has ended.
+    """
+    while not store.check([key]):
+        if pool.first_gone() is not None:
+            raise pool.failure("answering a question")
+        time.sleep(0.002)
+    return store.get(key).decode()
+
+
 class WorkerPool:
     """The workers of one plan."""
 
@@ -160,23 +212,23 @@ class WorkerPool:
     ) -> None:
         """Starts ranks 1 to `world_size - 1` as `python -m module`, each with `threads` threads and the variables of
         `environment`."""
-        self._store = store
+        self._store, self._owner = store, os.getpid()
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()
         # Linux kills such a child when the *thread* that started it ends: for the main thread that is the process.
         tied = threading.current_thread() is threading.main_thread()
         variables = os.environ | dict(environment or {}) | {
             "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads),
-            "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path),
+            "PYTHONPATH": import_path(),
         }
         try:
             for rank in range(1, world_size):
                 output = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the pool
-                command = [sys.executable, "-m", module, f"--rank={rank}"]
+                command = [sys.executable, "-P", "-m", module, f"--rank={rank}"]
                 command += [f"--parent={os.getpid()}"] if tied else []
                 process = subprocess.Popen(
                     command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=variables,
-                    start_new_session=True, bufsize=0,
+                    start_new_session=True, bufsize=0, cwd=working_directory(),
                 )
                 self._workers.append(_Worker(rank, process, output))
         except BaseException:
@@ -218,8 +270,8 @@ class WorkerPool:
         self._store.set(key, value)
 
     def answer(self, key: str) -> str:
-        """What a worker has set `key` in the store to, waiting for it."""
-        return self._store.get(key).decode()
+        """See `Pool`."""
+        return await_answer(self, self._store, key)
 
     def failure(
         self, doing: str, *, silent: Sequence[int] = (), timeout_s: float = 0.0, suspect: int | None = None
@@ -251,6 +303,8 @@ class WorkerPool:
 
     def close(self) -> None:
         """End all workers; may be called again, from any thread."""
+        if is_forked(self._owner, self._store):
+            return
         with self._lock:
             workers, self._workers = self._workers, []
         for worker in workers:

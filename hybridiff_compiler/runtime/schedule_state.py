@@ -85,7 +85,7 @@ class ScheduleState:
             return
         value, event = discrepancy(pair), None
         if value.is_cuda:
-            host = torch.empty((), dtype=value.dtype, pin_memory=True)
+            host = torch.empty((), dtype=value.dtype, device="cpu", pin_memory=True)
             value = host.copy_(value, non_blocking=True)
             event = torch.cuda.Event()
             event.record()

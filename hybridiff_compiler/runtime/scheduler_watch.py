@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from .instance_hooks import InstanceHook
 from .waiting import WaitingMethod
 
 __all__ = ["SchedulerWatch", "tell_first_step"]
@@ -26,7 +26,7 @@ class SchedulerWatch:
         """Whether `set_timesteps` was called since this was last set to False."""
         self._pipe, self._settle = pipe, settle
         self._scheduler: Any = None
-        self._hooked: list[str] = []
+        self._hooks: list[InstanceHook] = []
         self._timesteps: Tensor | None = None
 
     def follow(self) -> None:
@@ -37,23 +37,21 @@ class SchedulerWatch:
         self.release()
         original = scheduler.set_timesteps
 
-        @functools.wraps(original)
         def set_timesteps(*args: Any, **kwargs: Any) -> Any:
             self.fresh = True
             return original(*args, **kwargs)
 
-        scheduler.set_timesteps = set_timesteps
-        self._hooked = ["set_timesteps"]
+        self._hooks = [InstanceHook.put(scheduler, "set_timesteps", set_timesteps)]
         if self._settle is not None and hasattr(scheduler, "step"):
-            scheduler.step = WaitingMethod(self._settle).wrap(scheduler.step)
-            self._hooked.append("step")
+            step = WaitingMethod(self._settle).wrap(scheduler.step)
+            self._hooks.append(InstanceHook.put(scheduler, "step", step))
         self._scheduler, self.fresh = scheduler, True
 
     def release(self) -> None:
         """Undo all hooks."""
-        for name in self._hooked:
-            self._scheduler.__dict__.pop(name, None)
-        self._hooked, self._scheduler = [], None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._scheduler = [], None
 
     def begin(self, timestep: Tensor) -> int:
         """Denoiser calls in the generation that begins with this timestep (one read of the device per generation)."""

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from ..ir import Plan, UsageError, WorkerError
-from .processes import FAILED, wait_until_set
+from .processes import FAILED, await_answer, wait_until_set
 from .serving import Server
 from .settings import NumericSettings
 from .transport import PeerError
@@ -169,7 +169,7 @@ class TorchrunPool:
 
     def answer(self, key: str) -> str:
         """See `Pool`."""
-        return self._store.get(key).decode()
+        return await_answer(self, self._store, key)
 
     def failure(
         self, doing: str, *, silent: Sequence[int] = (), timeout_s: float = 0.0, suspect: int | None = None

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .processes import is_forked
+
 __all__ = ["Channel", "Incoming", "Layout", "PeerError", "Transport", "allocate"]
 
 _ALIGNMENT = 64
@@ -75,7 +77,7 @@ class Layout:
             )
 
 
-def allocate(nbytes: int, device: torch.device | None = None) -> Tensor:
+def allocate(nbytes: int, device: torch.device | str = "cpu") -> Tensor:
     """A buffer of bytes that any later step may write to, also when first used inside `torch.inference_mode`."""
     with torch.inference_mode(False):
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
@@ -138,6 +140,7 @@ class Transport:
         self._timeout = _FOREVER if timeout_s is None else timedelta(seconds=timeout_s)
         self._buffers: dict[tuple[bool, int, Channel, Layout], _Buffers] = {}
         self._received: set[int] = set()
+        self._owner = os.getpid()
         self._group: Any = _gloo_group(store, rank, world_size, one_host)
 
     def send(self, peer: int, channel: Channel, layout: Layout, tensors: Sequence[Tensor]) -> None:
@@ -220,6 +223,8 @@ class Transport:
 
     def close(self) -> None:
         """Drop the connections; pending transfers fail."""
+        if is_forked(self._owner, self):
+            return
         self._buffers.clear()
         group, self._group = self._group, None
         del group

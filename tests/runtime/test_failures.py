@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from hybridiff_compiler.ir import WorkerError
+from hybridiff_compiler.ir import UsageError, WorkerError
 from hybridiff_compiler.runtime.parallelize import parallelize
+from hybridiff_compiler.runtime.processes import await_answer
 
 from .tiny import FAIL_HANG, FAIL_KILL, FAIL_RAISE, FOUR_RANKS, ONE_RANK, TinyPipeline, tiny_plan
 
@@ -55,6 +59,36 @@ def test_worker_killed_between_two_steps() -> None:
         wait_until_gone(pids)
         assert_plain(pipe)
         parallel.close()
+
+
+def test_worker_killed_before_a_question() -> None:
+    pipe = TinyPipeline()
+    with parallelize(pipe, tiny_plan(pipe), threads=1) as parallel:
+        os.kill(parallel.worker_pids[0], signal.SIGKILL)
+        wait_until_gone(parallel.worker_pids)
+        with pytest.raises(WorkerError, match="rank 1 was killed by SIGKILL"):
+            parallel.peak_bytes()
+        for ask in (parallel.peak_bytes, parallel.held_bytes, lambda: parallel.stage_seconds("branch")):
+            with pytest.raises(UsageError, match="is closed"):
+                ask()
+        assert_plain(pipe)
+
+
+class _Alive:
+    """A pool of which nobody has gone."""
+
+    def first_gone(self) -> None:
+        """Nobody."""
+
+
+def test_answers_may_take_longer_than_a_store_waits() -> None:
+    """Timing the stages of a large denoiser on CPUs takes minutes."""
+    store = dist.HashStore()
+    store.set_timeout(timedelta(milliseconds=50))
+    timer = threading.Timer(0.3, store.set, ["key", "value"])
+    timer.start()
+    assert await_answer(_Alive(), store, "key") == "value"  # type: ignore[arg-type]
+    timer.join()
 
 
 def test_worker_raising_sends_its_traceback() -> None:
@@ -136,6 +170,14 @@ def test_closing_twice_and_threads_restored() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         del parallel
+
+
+def test_threads_that_others_chose_meanwhile_stay() -> None:
+    pipe = TinyPipeline()
+    plan = tiny_plan(pipe, "single", ranks=1, tables=ONE_RANK, exact="single")
+    with parallelize(pipe, plan, threads=2):
+        torch.set_num_threads(3)
+    assert torch.get_num_threads() == 3
 
 
 def test_dropping_the_object_closes_and_says_so() -> None:

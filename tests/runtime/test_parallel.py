@@ -221,6 +221,76 @@ def test_use_refuses_foreign_tables(two_ranks: ParallelPipeline, four_ranks: Par
         two_ranks.use(type(two_ranks.plan)(**(fields | {"patterns": (*fields["patterns"], renamed)})))
 
 
+def test_another_plan_waits_for_the_next_generation(
+    pipe2: TinyPipeline, two_ranks: ParallelPipeline, simulate: Simulate
+) -> None:
+    plan, other = (two_ranks.plan.with_steps(steps_of(text)) for text in ("branch paper", "branch reuse"))
+    two_ranks.use(plan)
+    image = pipe2(1, callback=lambda step: two_ranks.use(other))
+    assert two_ranks.executed == plan.schedule.steps
+    assert torch.equal(image, simulate(plan, 1))
+    assert torch.equal(pipe2(1), simulate(other, 1))
+
+
+def test_what_graphs_do_not_follow_is_left_to_the_denoiser(
+    pipe2: TinyPipeline, two_ranks: ParallelPipeline
+) -> None:
+    two_ranks.use(two_ranks.plan.with_steps(steps_of("branch reuse")))
+    plain = TinyPipeline()
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.warns(UserWarning, match="autocast is on"):
+            image = pipe2(1)
+        assert torch.equal(image, plain(1))
+
+
+def test_gradients_come_from_the_denoiser(pipe2: TinyPipeline, two_ranks: ParallelPipeline) -> None:
+    two_ranks.use(two_ranks.plan.with_steps(steps_of("branch reuse")))
+    latents, prompt = torch.randn(2, 1, 4, 8, 8, requires_grad=True), torch.randn(2, 5, 8)
+    estimates = []
+    for pipe in (pipe2, TinyPipeline()):
+        pipe.scheduler.set_timesteps(8)
+        for step in range(2):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                (estimate,) = pipe.denoiser(
+                    torch.cat([latents[step]] * 2), pipe.scheduler.timesteps[step], prompt
+                )
+            assert estimate.requires_grad
+        estimates.append(estimate)
+    assert torch.equal(*estimates)
+
+
+def test_a_pipeline_that_shares_the_denoiser_does_not_go_on_with_a_generation(
+    pipe2: TinyPipeline, two_ranks: ParallelPipeline
+) -> None:
+    """It has a scheduler of its own, whose generations nobody sees begin."""
+    two_ranks.use(two_ranks.plan.with_steps(steps_of("branch reuse")))
+    other, plain = TinyPipeline(), TinyPipeline()
+    other.denoiser = pipe2.denoiser
+
+    class Interrupt(Exception):
+        pass
+
+    def interrupt(step: int) -> None:
+        if step == 2:
+            raise Interrupt
+
+    with pytest.raises(Interrupt):
+        pipe2(1, callback=interrupt)
+    with pytest.warns(UserWarning, match="no longer those of the pipeline's scheduler"):
+        image = other(2)
+    assert torch.equal(image, plain(2))
+
+
+def test_the_default_device_is_not_the_messages_(simulate: Simulate) -> None:
+    pipe = TinyPipeline()
+    plan = tiny_plan(pipe, "branch paper")
+    with torch.device("meta"):
+        parallel = parallelize(pipe, plan, threads=1)
+    with parallel:
+        assert torch.equal(pipe(1), simulate(plan, 1))
+
+
 def test_wrong_plans_and_arguments_are_refused_before_anything_starts(
     pipe2: TinyPipeline, two_ranks: ParallelPipeline
 ) -> None:

@@ -1,0 +1,75 @@
+"""Weights that were written to are noticed, whoever wrote and however."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hybridiff_compiler.runtime.live_weights import LiveWeights
+from hybridiff_compiler.runtime.parallelize import parallelize
+
+from .tiny import TinyPipeline, tiny_plan
+
+
+def add_to_data(weight: Tensor) -> None:
+    """As PEFT fuses a LoRA: torch counts no version."""
+    weight.data += 0.25
+
+
+def in_inference_mode(weight: Tensor) -> None:
+    with torch.inference_mode():
+        weight.mul_(1.5)
+
+
+def through_numpy(weight: Tensor) -> None:
+    array = weight.detach().numpy()
+    array[...] = array * 1.5
+
+
+EDITS = [add_to_data, lambda weight: weight.data.mul_(1.5), in_inference_mode, through_numpy]
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_writes_are_noticed(edit: Callable[[Tensor], None]) -> None:
+    layer = nn.Sequential(nn.Conv2d(4, 9, 3).to(memory_format=torch.channels_last), nn.Linear(1000, 7))
+    weights = LiveWeights(layer)
+    for tensor in layer.parameters():
+        assert not weights.have_moved()
+        assert not weights.were_written()
+        edit(tensor)
+        assert weights.were_written()
+        weights = LiveWeights(layer)
+
+
+def test_weights_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        layer = nn.Linear(8, 8)
+        weights = LiveWeights(layer)
+    assert not weights.were_written()
+    with torch.inference_mode():
+        layer.weight.mul_(2)
+    assert not weights.have_changed()  # no version tells
+    assert weights.were_written()
+
+
+def test_what_is_no_number_and_what_takes_no_memory() -> None:
+    layer = nn.Linear(3, 3)
+    layer.register_buffer("mask", torch.tensor([True, False]))
+    layer.register_buffer("empty", torch.zeros(0, 4))
+    layer.register_buffer("expanded", torch.zeros(()).expand(1 << 30, 1 << 10))
+    layer.weight.data.fill_(float("nan"))
+    assert not LiveWeights(layer).were_written()
+
+
+def test_a_lora_fused_while_open_is_in_the_image() -> None:
+    """The workers hold the weights as they were."""
+    pipe = TinyPipeline()
+    with parallelize(pipe, tiny_plan(pipe), threads=1):
+        pipe(1)
+        add_to_data(pipe.denoiser.blocks[2].conv.weight)
+        with pytest.warns(UserWarning, match="weights or modules changed"):
+            image = pipe(1)
+    assert torch.equal(image, pipe(1))
