@@ -170,9 +170,9 @@ class Driver:
     def start(self, num_steps: int, signature: CallSignature) -> bool:
         """See `StepHandler.start`: covered are calls of the plan's signature with the weights that the ranks hold.
 
-        Whether these lie where they did is looked at here, since recorded graphs read that memory, and a sample of
-        their values. Whether they are the denoiser's still, and were not written to as far as torch knows, is looked at
-        when the first step is under way: with thousands of parameters that takes as long as several layers.
+        Only whether these lie where they did is looked at here, since recorded graphs read that memory. Whether they
+        are the denoiser's still, and were not written to, is looked at when the first step is under way: with thousands
+        of parameters that takes as long as several layers.
         """
         if self._bypass:
             return False
@@ -186,7 +186,7 @@ class Driver:
         if images is None:
             mismatch = self.plan.model.signature.mismatch(signature)
             return self._uncovered(f"the plan does not cover this call ({mismatch})")
-        if self._weights.have_moved() or self._weights.were_written():
+        if self._weights.have_moved():
             return self._uncovered(_CHANGED)
         if images != self._images and not self._resize(images):
             return False

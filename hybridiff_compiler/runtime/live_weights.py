@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 __all__ = ["LiveWeights"]
 
-_SAMPLED = 32
+_SAMPLED = 16
 """Elements of every tensor that are compared with what they were."""
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By bytes of an element."""
 
 
 class LiveWeights:
-    """Where the parameters and buffers of a denoiser lie, and which ones they are.
+    """Where the parameters and buffers of a denoiser lie, which ones they are, and a sample of their values.
 
     Looked at once per generation, so it does without `nn.Module.parameters`, which takes several times as long.
     """
@@ -25,35 +29,59 @@ class LiveWeights:
         self._tensors = list(_tensors(denoiser))
         self._places = self._where()
         self._key = self._look()
+        self._spread = [_spread(tensor) for tensor in self._tensors]
+        devices = dict.fromkeys(tensor.device for tensor in self._tensors if tensor.is_cuda)
+        # Of high priority: what is compared while a step runs shall not wait for that step.
+        self._streams = {device: torch.cuda.Stream(device, priority=-1) for device in devices}
+        self._begun = {device: torch.cuda.Event() for device in devices}
         self._samples = self._sample()
 
     def have_moved(self) -> bool:
         """Whether the tensors lie elsewhere now, so that nothing may read the memory that they had."""
+        self._mark()
         return self._where() != self._places
 
-    def were_written(self) -> bool:
-        """Whether values were changed, told by a sample of every tensor; they must not have moved.
-
-        Some writes no version counter knows of: those through `parameter.data`, which is how PEFT fuses a LoRA, through
-        numpy, and all to tensors made in inference mode.
-        """
-        return not all(map(torch.equal, self._sample(), self._samples))
-
     def have_changed(self) -> bool:
-        """Whether a parameter, buffer or submodule was replaced or edited in place (LoRA, offloading, `load`)."""
-        return self._look() != self._key
+        """Whether a parameter, buffer or submodule was replaced or edited in place (LoRA, offloading, `load`) by when
+        `have_moved` was asked last, which was answered with no.
+
+        Of some writes no version counter knows: those through `parameter.data`, which is how PEFT fuses a LoRA, through
+        numpy, and all to tensors made in inference mode. So some values of every tensor are compared, too, beside what
+        the devices have been given to do since.
+        """
+        return self._look() != self._key or not self._samples_equal()
+
+    def _mark(self) -> None:
+        for device, event in self._begun.items():
+            event.record(torch.cuda.current_stream(device))
 
     def _where(self) -> list[int]:
         return [tensor.data_ptr() for tensor in self._tensors]
 
+    def _samples_equal(self) -> bool:
+        with self._aside():
+            return all(map(torch.equal, self._sample(), self._samples))
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Streams of our own, which go on from where the devices' queues stood at the last `_mark`."""
+        with ExitStack() as stack:
+            for device, stream in self._streams.items():
+                stream.wait_event(self._begun[device])
+                stack.enter_context(torch.cuda.stream(stream))
+            yield
+
     @torch.no_grad()
     def _sample(self) -> list[Tensor]:
-        """Bytes of some elements of every tensor, by dtype and device."""
+        """Some elements of every tensor as integers (of which all equal themselves), by dtype and device."""
         parts: dict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
-        for tensor in self._tensors:
-            parts[tensor.dtype, tensor.device].append(_some_of(tensor))
+        for tensor, (size, stride) in zip(self._tensors, self._spread):
+            found = tensor.as_strided(size, stride)
+            parts[tensor.dtype, tensor.device].append(found if len(size) == 1 else found.reshape(-1))
         with torch.inference_mode(False):
-            return [torch.cat(found).view(torch.uint8) for found in parts.values()]
+            return [
+                torch.cat(found).view(_INTEGERS.get(dtype.itemsize, torch.uint8)) for (dtype, _), found in parts.items()
+            ]
 
     def _look(self) -> tuple[list[int], list[tuple[int, int, int]]]:
         modules = [id(module) for module in _modules(self._denoiser)]
@@ -63,12 +91,21 @@ class LiveWeights:
         ]
 
 
-def _some_of(tensor: Tensor) -> Tensor:
-    """Elements from all over a tensor, 1-d; without copying if it is contiguous."""
-    if tensor.is_contiguous():
-        count = tensor.numel()
-        return tensor.detach().as_strided((min(count, _SAMPLED),), (max(1, count // _SAMPLED),))
-    return tensor.detach()[tuple(slice(None, None, max(1, size // 4)) for size in tensor.shape)].reshape(-1)
+def _spread(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Size and stride of a view of elements from all over a tensor: in one dimension if it has no gaps in memory."""
+    count, expected = tensor.numel(), 1
+    for size, stride in sorted(zip(tensor.shape, tensor.stride()), key=lambda pair: pair[1]):
+        if size != 1 and stride != expected:
+            steps = [max(1, size // 4) for size in tensor.shape]
+            return (
+                tuple(-(-size // step) for size, step in zip(tensor.shape, steps)),
+                tuple(stride * step for stride, step in zip(tensor.stride(), steps)),
+            )
+        expected *= size
+    step = max(1, count // _SAMPLED)
+    while math.gcd(step, count) > 1:  # a divisor would pick the same column of every row
+        step -= 1
+    return (min(count, _SAMPLED),), (max(1, step),)
 
 
 def _modules(module: nn.Module) -> Iterator[nn.Module]:

@@ -38,9 +38,10 @@ def test_writes_are_noticed(edit: Callable[[Tensor], None]) -> None:
     weights = LiveWeights(layer)
     for tensor in layer.parameters():
         assert not weights.have_moved()
-        assert not weights.were_written()
+        assert not weights.have_changed()
         edit(tensor)
-        assert weights.were_written()
+        assert not weights.have_moved()
+        assert weights.have_changed()
         weights = LiveWeights(layer)
 
 
@@ -48,11 +49,10 @@ def test_weights_made_in_inference_mode() -> None:
     with torch.inference_mode():
         layer = nn.Linear(8, 8)
         weights = LiveWeights(layer)
-    assert not weights.were_written()
+    assert not weights.have_changed()
     with torch.inference_mode():
-        layer.weight.mul_(2)
-    assert not weights.have_changed()  # no version tells
-    assert weights.were_written()
+        layer.weight.mul_(2)  # no version tells
+    assert weights.have_changed()
 
 
 def test_what_is_no_number_and_what_takes_no_memory() -> None:
@@ -61,7 +61,22 @@ def test_what_is_no_number_and_what_takes_no_memory() -> None:
     layer.register_buffer("empty", torch.zeros(0, 4))
     layer.register_buffer("expanded", torch.zeros(()).expand(1 << 30, 1 << 10))
     layer.weight.data.fill_(float("nan"))
-    assert not LiveWeights(layer).were_written()
+    assert not LiveWeights(layer).have_changed()
+
+
+@pytest.mark.parametrize("tensor", [
+    torch.zeros(7, 100), torch.zeros(100, 7).T, torch.zeros(3, 64, 5, 5).to(memory_format=torch.channels_last),
+    torch.zeros(50, 60)[::2, ::3], torch.zeros(40)[::4],
+])
+def test_samples_are_from_all_over(tensor: Tensor) -> None:
+    layer = nn.Module()
+    layer.register_buffer("weight", tensor)
+    weights = LiveWeights(layer)
+    for dim, size in enumerate(tensor.shape):
+        for half in tensor.split(-(-size // 2), dim):
+            half.data += 1
+            assert weights.have_changed()
+            weights = LiveWeights(layer)
 
 
 def test_a_lora_fused_while_open_is_in_the_image() -> None:
