@@ -75,9 +75,11 @@ def fit_efficiency(profile: Profile) -> Efficiency:
     usual shares (`DEFAULT`).
 
     Raises:
-        InputError: see `device_of`; or the profile's graph has no arithmetic.
+        InputError: see `device_of` and `Device.flops`; or the profile has no layer times, or its graph no arithmetic.
     """
     device, dtype = device_of(profile), profile.model.dtype
+    if not any(sum(seconds) > 0 for seconds in profile.costs.layers.values()):
+        raise InputError("efficiency cannot be fitted on a profile without layer times; profile the model again")
     rows, wanted = [], []
     for batch, seconds in profile.costs.layers.items():
         weight = 1 / np.sqrt(np.maximum(np.asarray(seconds), 1e-9))

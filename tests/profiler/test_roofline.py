@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planner.profiles import make_profile
 
-from hybridiff_compiler.ir import InputError, LayerGraph, Profile, UsageError
+from hybridiff_compiler.ir import Costs, InputError, LayerGraph, Profile, UsageError
 from hybridiff_compiler.planner import candidate_partitions, measured_patterns, plan
 from hybridiff_compiler.profiler.devices import DEVICES, find_device, recognise
 from hybridiff_compiler.profiler.roofline import (
@@ -120,6 +120,14 @@ def test_dtypes_without_a_rate_are_refused():
         estimate_layers(loaded_graph(), "bfloat16", 1, DEVICES["t4"], DEFAULT)
     with pytest.raises(InputError, match="in float64"):
         DEVICES["h100"].flops("float64")
+
+
+@pytest.mark.parametrize("layers", [{}, {1: 0.0}])
+def test_a_profile_without_times_cannot_be_fitted_on(layers):
+    here = measured(loaded_graph(), DEVICES["h100"], DEFAULT)
+    costs = Costs(layers={batch: (value,) * len(here.graph.layers) for batch, value in layers.items()})
+    with pytest.raises(InputError, match="without layer times"):
+        fit_efficiency(here.model_copy(update={"costs": costs}))
 
 
 def test_unknown_devices_cannot_be_fitted_on():
