@@ -39,7 +39,9 @@ def command(
     rank_speeds: Annotated[str | None, typer.Option(
         metavar="SPEEDS", help="Of every rank, relative to the profiled device, rank 0 first, e.g. 1,0.5.")] = None,
     rank_memory: Annotated[str | None, typer.Option(
-        metavar="SIZES", help="What every rank may need at its peak, or one size for all, e.g. 24GiB,16GiB.")] = None,
+        metavar="SIZES",
+        help="What the denoiser's tensors may take on every rank, or one size for all, e.g. 24GiB,16GiB; leave room "
+        "for the rest of the pipeline and the allocator.")] = None,
     weights: Annotated[str, typer.Option(
         help="stages: every rank holds the parameters of its stages only, for models that do not fit one.")] = "whole",
     pareto: Annotated[bool, typer.Option("--pareto", help="Print the whole frontier instead of one plan.")] = False,

@@ -119,6 +119,7 @@ def estimate_costs(
 
 def _captured(model: str, options: CostOptions, call_options: Any) -> tuple[ModelInfo, LayerGraph]:
     """The layer graph of MODEL in the dtype that it would have on a GPU."""
+    from ..backends.hoisted_sizes import with_hoisted
     from ..capture import capture
     from ..profiler.costs_only import call_of_pipeline, model_info
 
@@ -139,7 +140,7 @@ def _captured(model: str, options: CostOptions, call_options: Any) -> tuple[Mode
         )
         denoiser, call, _ = call_of_pipeline(generation, (*loaded.profiling_prompts, "a photograph")[0])
     captured = capture(denoiser, (), call)
-    return model_info(denoiser, model, captured.layers, captured.signature), captured.layers
+    return model_info(denoiser, model, captured.layers, captured.signature), with_hoisted(captured)
 
 
 def with_measured_links(profile: Profile, options: CostOptions, on_progress: Any) -> Profile:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from functools import cached_property
+from typing import Any
 
 import networkx as nx
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from .data import Data
 
@@ -33,6 +34,22 @@ class Layer(Data):
     traffic_bytes: int = Field(default=0, ge=0)
     """Bytes read and written at the captured batch size, parameters included, with elementwise operations fused
     between matrix products; 0 in graphs from before this was counted."""
+    once_bytes: int = Field(default=0, ge=0)
+    """Bytes of what compiled graphs compute of it once per generation and keep; 0 in graphs from before this was
+    counted, as the next two."""
+    timed_bytes: int = Field(default=0, ge=0)
+    """Bytes of what they compute for many timesteps at a time, for all of these."""
+    takes_timestep: bool = False
+    """Whether it reads the timestep; a stage without such a layer computes nothing for many timesteps."""
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if value or name not in _LATER}
+
+
+_LATER = frozenset({"once_bytes", "timed_bytes", "takes_timestep"})
+"""Fields that older graphs lack: left out where they say nothing, so that digests of such graphs stay what they are."""
 
 
 class Value(Data):

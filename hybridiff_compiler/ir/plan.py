@@ -52,9 +52,9 @@ class Predictions(Data):
     target: str = ""
     """What was asked for, e.g. `min_psnr=35`."""
     peak_bytes: tuple[int, ...] = ()
-    """Per rank, the most memory that its part of the denoiser takes (one image per call): parameters, graphs, what is
-    kept and sent. Without the device's context, and on rank 0 without the other parts of the pipeline. Empty: not
-    predicted."""
+    """Per rank, the most memory that the tensors of its part of the denoiser take (one image per call): parameters,
+    graphs, what is kept and sent. Without what the allocator rounds up or cannot use again, without libraries and the
+    device's context, and on rank 0 without the other parts of the pipeline. Empty: not predicted."""
 
 
 class Certificate(Data):

@@ -2,8 +2,12 @@
 
 A model of `runtime`: per rank, the graphs that it launches (every pattern's segments, each once), built one after the
 other. On GPUs a graph is warmed up and then recorded into a pool that all graphs of the rank share; its input buffers
-and results stay. What libraries and the device's context take, and other parts of the pipeline (text encoders, VAE) are
-not in it.
+and results stay, and so do the results of what compiled graphs compute once per generation, or for many timesteps at a
+time, of which there is one copy in the pool and at least one beside it (`backends.kept`).
+
+It counts tensors, and activations inside of a layer by an upper bound (`segment_activations`). Not in it are what the
+allocator adds (blocks are rounded up, and weights that `backends.merging` moves next to each other leave gaps), what
+convolution libraries and the device's context take, and other parts of the pipeline (text encoders, VAE).
 """
 
 from __future__ import annotations
@@ -34,7 +38,8 @@ class RankMemory:
     graphs: int
     """Activations inside of graphs: the shared pool, and at its worst moment a warm-up beside it."""
     buffers: int
-    """Inputs and results of graphs, values kept for later steps, and messages."""
+    """Inputs and results of graphs, also of their parts that do not run at every step, values kept for later steps, and
+    messages."""
 
     @property
     def total(self) -> int:
@@ -64,7 +69,7 @@ def plan_memory(
         ranks: how many.
         parameter_bytes: of the whole denoiser.
         images: per branch and call.
-        recorded: whether graphs are recorded and replayed on static buffers, as on GPUs.
+        recorded: whether graphs are compiled, recorded and replayed on static buffers, as on GPUs.
         stage_weights: each rank holds the parameters of the stages that it evaluates instead of all.
     """
     known = {p.name: p for p in partitions} | {WHOLE: Partition.whole(graph)}
@@ -169,6 +174,20 @@ class _Rank:
     def received(self, segment: Segment) -> tuple[Value, ...]:
         return _received(self.graph, self.partitions[segment.partition], segment)
 
+    def hoisted(self, segment: Segment, *, alternating: bool) -> int:
+        """Bytes, per branch evaluated at a time, of what does not run at every step, at most.
+
+        Results computed once stay where they are made and are copied to where the other parts read them; results for
+        many timesteps are copied to a table. One graph that serves both branches in turn keeps two sets more of the
+        former, and two tables instead of one.
+        """
+        inside = set(self.evaluated(segment))
+        layers = [layer for layer in self.graph.layers if layer.name in inside]
+        once = (4 if alternating else 2) * sum(layer.once_bytes for layer in layers)
+        if not any(layer.takes_timestep for layer in layers):
+            return once
+        return once + (3 if alternating else 2) * sum(layer.timed_bytes for layer in layers)
+
     def written(self, segment: Segment) -> list[Value]:
         partition = self.partitions[segment.partition]
         own = {name for stage in segment.stages for name in partition.stages[stage]}
@@ -179,7 +198,10 @@ def _rank_memory(
     rank: _Rank, patterns: Sequence[Pattern], *, parameter_bytes: int, recorded: bool, stage_weights: bool
 ) -> RankMemory:
     segments = rank.segments(patterns)
-    graphs = list({(s.partition, s.stages, len(s.branches)): s for s in segments}.values())
+    graphs = list({_key(s): s for s in segments}.values())
+    both = {_key(s) for s in segments if s.branches == ("uncond",)} & {
+        _key(s) for s in segments if s.branches == ("cond",)
+    }
     sample, call = latent_bytes(rank.signature) * rank.images, leaf_bytes(rank.signature) * rank.images
     parameters = parameter_bytes
     if stage_weights:
@@ -193,6 +215,7 @@ def _rank_memory(
         results += sample * len(segment.branches) if segment.has_estimate else 0
         if recorded:
             static += call * len(segment.branches) + _nbytes(rank.received(segment)) * branches
+            static += rank.hoisted(segment, alternating=_key(segment) in both) * branches
             worst = max(worst, pool + kept + active + results)  # a warm-up beside the pool
             pool, kept = max(pool, active), kept + results
             worst = max(worst, pool + kept)
@@ -212,6 +235,11 @@ def _rank_memory(
     return RankMemory(
         parameters=parameters, graphs=worst + workspace if graphs else 0, buffers=static + values + messages,
     )
+
+
+def _key(segment: Segment) -> tuple[str, tuple[int, ...], int]:
+    """Equal for segments that run the same graph."""
+    return segment.partition, segment.stages, len(segment.branches)
 
 
 def _nbytes(values: Iterable[Value]) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..backends.hoisted_sizes import with_hoisted
 from ..backends.merging import merge_linears
 from ..capture import flatten_call, unflatten_call
 from ..ir import BRANCHES, Branch, CallSignature, LayerGraph, ModelInfo, Profile, Provenance, UsageError
@@ -107,7 +108,8 @@ def cost_profile(
     from .session import device_name
 
     return Profile(
-        model=model_info(denoiser, name, bare.layers, signature), graph=bare.layers, costs=costs, num_steps=num_steps,
+        model=model_info(denoiser, name, bare.layers, signature), graph=with_hoisted(bare.captured(1)), costs=costs,
+        num_steps=num_steps,
         scheduler=scheduler or ("" if watched is None else watched.scheduler), guidance_scale=guidance_scale,
         partitions=measured.partitions, patterns=measured.patterns,
         provenance=Provenance(

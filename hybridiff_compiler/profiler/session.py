@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..backends.hoisted_sizes import with_hoisted
 from ..ir import (
     WHOLE,
     Costs,
@@ -169,7 +170,8 @@ class ProfileSession:
             })
         if known is not None:
             return known.model_copy(update={
-                "model": self._model(graph), "costs": self._with_drift(costs), "provenance": self._provenance(),
+                "model": self._model(graph), "graph": with_hoisted(bare.captured(1)),
+                "costs": self._with_drift(costs), "provenance": self._provenance(),
                 "noise_levels": levels, "errors_provenance": known.errors_provenance or known.provenance,
             })
         profile = self._with_errors(costs, graph, levels, proposals, partial)
@@ -177,7 +179,7 @@ class ProfileSession:
         if redundancy is not None and profile.redundancy is not None:
             redundancy = Redundancy(change=redundancy.change | profile.redundancy.change)
         return profile.model_copy(update={
-            "costs": self._with_drift(profile.costs),
+            "graph": with_hoisted(bare.captured(1)), "costs": self._with_drift(profile.costs),
             "redundancy": redundancy or profile.redundancy,
         })
 

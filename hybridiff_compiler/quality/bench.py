@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 
+from ..backends.hoisted_sizes import with_hoisted
 from ..ir import (
     AdaptiveSchedule,
     CallSignature,
@@ -234,7 +235,7 @@ class Bench:
             raise UsageError(
                 f"{self._name}: no denoiser call with batched guidance was seen; set a guidance scale above 1"
             )
-        layers = capture_branch(self._denoiser, recorder.signature).layers
+        layers = with_hoisted(capture_branch(self._denoiser, recorder.signature))
         if self._profile is None:
             partitions = candidate_partitions(
                 layers, [layer.flops + 1.0 for layer in layers.layers], max(2, self._gpus)

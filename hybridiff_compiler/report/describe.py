@@ -101,7 +101,10 @@ def _predictions(predictions: Predictions) -> str:
 
 def _peaks(peaks: Sequence[int]) -> str:
     each = ", ".join(f"{peak / 2**30:.3g}" for peak in peaks)
-    return f"about {each} GiB on the ranks, for the denoiser alone"
+    return (
+        f"about {each} GiB on the ranks for the tensors of the denoiser; the rest of the pipeline, libraries and what "
+        "the allocator leaves unused come on top"
+    )
 
 
 def _idle(ranks: Sequence[int]) -> str:

@@ -68,7 +68,8 @@ class BenchRow(Row):
     """Memory of the rank that needed most while graphs were built and in the rows so far, without the pipeline's own
     decode: reserved by torch on a GPU, else resident. `single-eager` counts alone."""
     predicted_peak_gib: float | None = None
-    """What was predicted for that (see `planner.memory`), with what else of the pipeline is on rank 0; on GPUs."""
+    """What was predicted for that but for the allocator's share (see `planner.memory`), with what else of the pipeline
+    is on rank 0; on GPUs."""
 
 
 class BenchModel(Data):

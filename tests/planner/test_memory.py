@@ -73,6 +73,32 @@ def test_recorded_graphs_share_a_pool_and_keep_their_ends() -> None:
     assert two.buffers - one.buffers >= CALL
 
 
+def test_what_does_not_run_at_every_step_is_kept_twice_or_more() -> None:
+    layers = [
+        layer.model_copy(update={"once_bytes": 1000, "timed_bytes": 64_000, "takes_timestep": layer.name == "l0"})
+        for layer in CHAIN.layers
+    ]
+    graph = CHAIN.model_copy(update={"layers": tuple(layers)})
+
+    def more(patterns, **options):  # type: ignore[no-untyped-def]
+        arguments = {"ranks": 2, "parameter_bytes": 600} | options
+        with_and_without = [
+            plan_memory(each, SIGNATURE, patterns, (HALVES,), **arguments) for each in (graph, CHAIN)  # type: ignore[arg-type]
+        ]
+        return [a.total - b.total for a, b in zip(*with_and_without)]
+
+    # A rank's one branch: 3 layers' results where they are made and where they are read, and two tables of them.
+    assert more([BRANCH]) == [2 * 3000 + 2 * 3 * 64_000] * 2
+    assert more([SINGLE]) == [2 * (2 * 3000 + 2 * 3 * 64_000), 0]
+    assert more([BRANCH, SINGLE])[0] == more([BRANCH])[0] + more([SINGLE])[0]
+    # The second stage does not read the timestep.
+    assert more([PAPER]) == [2 * 1000 + 2 * 64_000, 2 * 2000]
+    # One graph for both branches in turn keeps what belongs to either.
+    relay = Pattern.parse("relay", "u0@0(u1-) c0@0(c1-) u1@1 c1@1 | cfg", partition="linear", stages=2)
+    assert more([relay]) == [4 * 1000 + 3 * 64_000, 4 * 2000]
+    assert more([BRANCH], recorded=False) == [0, 0]
+
+
 def test_weights_of_own_stages_only() -> None:
     held = [memory.parameters for memory in _total([PAPER], stage_weights=True)]
     assert held == [100, 500]
