@@ -38,10 +38,16 @@ def test_a_step_reads_nothing_back_and_allocates_only_the_estimate(
     assert transport is not None
     buffers = len(transport._buffers)
     run, step, steps = driver._executor.runner.run, driver.step, []
+    have_changed, looks = driver._weights.have_changed, []
 
     def graph_only(*args: Any, **options: Any) -> Any:
         with torch._C._DisableTorchDispatch():  # the graph's own operations do not count
             return run(*args, **options)
+
+    def look() -> bool:
+        with torch._C._DisableTorchDispatch():  # once per generation, on streams beside the step's
+            looks.append(have_changed())
+        return looks[-1]
 
     def counted(call: Any) -> Any:
         with _Count() as count:
@@ -50,10 +56,12 @@ def test_a_step_reads_nothing_back_and_allocates_only_the_estimate(
         return pair
 
     monkeypatch.setattr(driver._executor.runner, "run", graph_only)
+    monkeypatch.setattr(driver._weights, "have_changed", look)
     monkeypatch.setattr(driver, "step", counted)
     for prompt in range(4):
         pipe2(prompt)
     assert len(steps) == 32
+    assert looks == [False] * 4
     for calls in steps:
         assert not any(calls[operation] for operation in READ_BACK), calls
         assert sum(calls[operation] for operation in NEW_MEMORY) <= 1, calls
