@@ -32,6 +32,7 @@ from .hoisting import Hoisted, hoist
 from .merging import join_parameters, merge_linears
 from .stage_io import StageInterface, TensorSpec, example_arguments, fit_arguments, stage_inputs, stage_weights
 from .target import Target, cpu_arch, cuda_arch
+from .unpacking import unpacking
 
 __all__ = ["AotInductor", "AotStage"]
 
@@ -250,7 +251,8 @@ def _open_package(file: Path, device_index: int = -1, model: str = _EACH) -> Any
         model: which of its models.
     """
     # One runner without locks: what CUDA graph capture needs; a stage is never run from two threads.
-    return torch._C._aoti.AOTIModelPackageLoader(str(file), model, True, 1, device_index)
+    with unpacking():
+        return torch._C._aoti.AOTIModelPackageLoader(str(file), model, True, 1, device_index)
 
 
 def _device_index(weights: Mapping[str, Tensor]) -> int:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..backends.unpacking import remove_unpacked
 from ..ir import InputError
 from .processes import die_with, import_path, read_frame, working_directory, write_frame
 
@@ -231,6 +232,7 @@ class _Process:
             with suppress(OSError, ValueError):
                 stream.close()  # type: ignore[union-attr]
         self._log.close()
+        remove_unpacked(self._process.pid)
 
     def _gone(self) -> InputError:
         code = self._process.wait()

@@ -26,6 +26,7 @@ from typing import IO, Any, Protocol
 
 import torch.distributed as dist
 
+from ..backends.unpacking import remove_unpacked
 from ..ir import WorkerError
 
 __all__ = [
@@ -318,6 +319,7 @@ class WorkerPool:
                 worker.process.kill()
                 worker.process.wait()
             worker.output.close()
+            remove_unpacked(worker.process.pid)
 
     def _report(self, worker: _Worker) -> dict[str, Any] | None:
         key = f"{FAILED}/{worker.rank}"

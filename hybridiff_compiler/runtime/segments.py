@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -120,6 +120,9 @@ class SegmentRunner:
         for partition in self._partitions.values():
             partition.check_covers(self.layers)
         self._value_specs = {value.name: value for value in self.layers.values}
+        # Not lru_cache: that of a method would keep every runner, and with it the denoiser's memory, for ever.
+        self._reads: dict[Segment, tuple[ValueRead, ...]] = {}
+        self._writes: dict[Segment, tuple[Slot, ...]] = {}
         segments = dict.fromkeys(s for pattern in patterns for s in lower(pattern))
         self.taps = tuple(dict.fromkeys(r.value for s in segments for r in self.values_read(s)))
         self._graphs: dict[tuple[str, tuple[int, ...], int], _Graph] = {}
@@ -134,9 +137,19 @@ class SegmentRunner:
         """One branch's call."""
         return self._signature
 
-    @lru_cache(maxsize=1024)  # noqa: B019 - runners live as long as their segments
     def values_read(self, segment: Segment) -> tuple[ValueRead, ...]:
         """What `segment` takes from outside, in a fixed order."""
+        if segment not in self._reads:
+            self._reads[segment] = self._find_reads(segment)
+        return self._reads[segment]
+
+    def values_written(self, segment: Segment) -> tuple[Slot, ...]:
+        """The slots that `segment` renews: every value some pattern reads that its layers produce."""
+        if segment not in self._writes:
+            self._writes[segment] = self._find_writes(segment)
+        return self._writes[segment]
+
+    def _find_reads(self, segment: Segment) -> tuple[ValueRead, ...]:
         partition = self._partitions[segment.partition]
         reads = []
         for branch in segment.branches:
@@ -153,9 +166,7 @@ class SegmentRunner:
                     reads.append(ValueRead(branch, value.name, (read.branch, value.name), read.stale))
         return tuple(reads)
 
-    @lru_cache(maxsize=1024)  # noqa: B019
-    def values_written(self, segment: Segment) -> tuple[Slot, ...]:
-        """The slots that `segment` renews: every value some pattern reads that its layers produce."""
+    def _find_writes(self, segment: Segment) -> tuple[Slot, ...]:
         partition = self._partitions[segment.partition]
         inside = {name for stage in segment.stages for name in partition.stages[stage]}
         names = [name for name in self.taps if self._value_specs[name].producer in inside]

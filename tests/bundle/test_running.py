@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from hybridiff_compiler.ir import WHOLE, InputError, Pattern, PlanMismatchError,
 from hybridiff_compiler.runtime.branch_calls import scale_signature
 from hybridiff_compiler.runtime.executor import capture_for
 from hybridiff_compiler.runtime.intercept import intercept
+from hybridiff_compiler.runtime.parallelize import parallelize
 from hybridiff_compiler.runtime.segments import SegmentRunner
 from hybridiff_compiler.runtime.simulator import Simulator
 
@@ -266,3 +269,17 @@ def test_timed_parts_are_computed_once_per_generation(pipe, plan, monkeypatch):
             assert (_generate(pipe, simulator) - exact).abs().max() <= TOLERANCE
             # The whole denoiser's and the outer stage's; both branches share what follows from the timestep alone.
             assert len({id(stage) for stage in calls}) == len(calls) == 2
+
+
+def test_nothing_unpacked_is_left_behind(compiled, plan, tmp_path, monkeypatch):
+    """Packages are unpacked to be loaded; workers end without tidying up."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    pipe = PlainPipeline()
+    with parallelize(pipe, compiled("aotinductor"), threads=1) as parallel:
+        pipe(1)
+        assert list(tmp_path.rglob("*.so"))  # the worker's; this process may use another folder already
+    del parallel
+    gc.collect()
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == []
+    assert len(list(tmp_path.iterdir())) <= 1  # this process's own

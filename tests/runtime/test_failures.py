@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
 import time
 import warnings
+import weakref
 from datetime import timedelta
 from pathlib import Path
 
@@ -187,3 +189,15 @@ def test_dropping_the_object_closes_and_says_so() -> None:
     with pytest.warns(UserWarning, match="was dropped"):
         del parallel
     assert_plain(pipe)
+
+
+def test_nothing_is_held_after_closing() -> None:
+    """Neither the graphs, nor through them the denoiser's memory."""
+    pipe = TinyPipeline()
+    plan = tiny_plan(pipe, "single", ranks=1, tables=ONE_RANK, exact="single")
+    with parallelize(pipe, plan, threads=1) as parallel:
+        pipe(1)
+    denoiser, closed = weakref.ref(pipe.denoiser), weakref.ref(parallel)
+    del pipe, parallel
+    gc.collect()
+    assert (denoiser(), closed()) == (None, None)
