@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..ir import Plan, Profile, TargetError, UsageError
+from ..ir import InputError, Plan, Profile, TargetError, UsageError
 from .queueing import simulate_queue
 from .solve import plan
 from .worlds import check_gpus
@@ -55,9 +55,10 @@ def plan_fleet(
 ) -> Fleet:
     """Divide `gpus` GPUs into equal groups, each making one image at a time by the best plan for `target`.
 
-    Considered are all group sizes that divide `gpus`. The objective `throughput` takes the most images per second,
-    `latency` the shortest time of one image; with an arrival rate, `latency` takes the shortest `percentile` of the
-    response time by queueing simulation (`queueing`), waiting included.
+    Considered are all group sizes that divide `gpus` (of two or more with weights of their own stages) and that the
+    profile has partitions for. The objective `throughput` takes the most images per second, `latency` the shortest time
+    of one image; with an arrival rate, `latency` takes the shortest `percentile` of the response time by queueing
+    simulation (`queueing`), waiting included.
 
     Args:
         profile: measurements of one denoiser; links that were not measured are free.
@@ -72,6 +73,7 @@ def plan_fleet(
     Raises:
         UsageError: an argument is out of range.
         TargetError: no group size reaches the target, or none keeps up with the arrivals.
+        InputError: the profile lacks what every group size needs.
     """
     if objective not in OBJECTIVES:
         raise UsageError(f"got objective {objective!r}; choose from {', '.join(OBJECTIVES)}")
@@ -80,20 +82,23 @@ def plan_fleet(
     if arrival_rate is not None and not arrival_rate > 0:
         raise UsageError(f"got arrival_rate={arrival_rate:g}; give images per second above 0")
     check_gpus(gpus)
-    sizes = [size for size in range(1, gpus + 1) if gpus % size == 0]
+    least = min(gpus, 2) if target.get("weights") == "stages" else 1
+    sizes = [size for size in range(least, gpus + 1) if gpus % size == 0]
     options: list[FleetOption] = []
-    refused: list[TargetError] = []
+    refused: list[InputError] = []
     for done, size in enumerate(sizes):
         if on_progress is not None:
             on_progress("GPUs per image", done, len(sizes))
         try:
             made = plan(profile, gpus=size, **target)
-        except TargetError as error:
+        except UsageError:
+            raise
+        except InputError as error:  # out of reach, or the profile has no partition for so many
             refused.append(error)
             continue
         options.append(_option(made, size, gpus // size, arrival_rate, percentile, seed))
     if not options:
-        raise refused[-1]
+        raise next((error for error in reversed(refused) if isinstance(error, TargetError)), refused[-1])
     return Fleet(
         gpus=gpus, objective="latency" if objective == "latency" else "throughput", arrival_rate=arrival_rate,
         percentile=percentile, options=tuple(options), best=_best(options, objective, arrival_rate),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hybridiff_compiler.ir import Profile, TargetError, UsageError
+from hybridiff_compiler.ir import InputError, Profile, TargetError, UsageError
 from hybridiff_compiler.planner import frontier, plan, plan_fleet, simulate_queue
 
 
@@ -28,6 +28,20 @@ def test_every_division_is_weighed(profile: Profile) -> None:
     assert fast.best.latency_s == min(o.latency_s for o in fast.options)
     assert many.best.images_per_s == max(o.images_per_s for o in many.options)
     assert plan_fleet(profile, gpus=1, min_psnr=28).best.gpus_per_image == 1
+
+
+def test_groups_that_hold_one_model_together(profile: Profile) -> None:
+    """The profile has a linear split into two stages only, and one GPU does not hold the model."""
+    found = plan_fleet(profile, gpus=4, min_psnr=28, weights="stages")
+    assert [(o.gpus_per_image, o.plan.weights) for o in found.options] == [(2, "stages")]
+    with pytest.raises(TargetError, match="on 2 GPUs is predicted to be 99x"):
+        plan_fleet(profile, gpus=4, speedup=99, weights="stages")
+    with pytest.raises(UsageError, match="2 ranks or more"):
+        plan_fleet(profile, gpus=1, min_psnr=28, weights="stages")
+    with pytest.raises(InputError, match="needs a linear split into 3 stages"):
+        plan_fleet(profile, gpus=3, min_psnr=28, weights="stages")
+    with pytest.raises(InputError, match="no pattern errors"):
+        plan_fleet(profile.model_copy(update={"errors": ()}), gpus=4, min_psnr=28)
 
 
 def test_queueing_decides_where_images_arrive_at_random(profile: Profile) -> None:
