@@ -39,7 +39,7 @@ from .compounding import MeasuredSchedule
 from .curves import error_curves
 from .decode import decoder_of
 from .error_helpers import ErrorHelpers
-from .generate import Generation
+from .generate import Generation, require_finite
 from .grid import THINNED, Grid
 from .linear import sampler_map
 from .partial import Partial
@@ -285,7 +285,9 @@ class ErrorMeasurement:
     def _record(self, batch: Batch, number: int) -> None:
         scale, curved = self._generation.guidance_scale, batch.first < self._curved
         recorder = self._recorder(batch, self._options if curved else (), scale, number)
-        batch.final = self._generation.latents(batch.prompts, recorder, batch.first)
+        batch.final = require_finite(
+            self._generation.latents(batch.prompts, recorder, batch.first), f"the latents of {batch.prompts}"
+        )
         record = recorder.recording
         batch.pairs = self._first_pairs(record.pairs)
         batch.rel_mae = [list(row) for row in zip(*record.rel_mae)]

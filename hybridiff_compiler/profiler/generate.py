@@ -16,7 +16,7 @@ from torch import Tensor
 from ..ir import BRANCHES, Branch, CallSignature, Costs, InputError
 from ..runtime.intercept import GuidedCall, StepHandler, intercept
 
-__all__ = ["FirstCall", "Generation", "noise_levels", "prompts_digest"]
+__all__ = ["FirstCall", "Generation", "noise_levels", "prompts_digest", "require_finite"]
 
 
 _PAUSE_CYCLES = 1 << 29
@@ -42,6 +42,20 @@ def noise_levels(scheduler: Any, num_steps: int) -> tuple[float, ...]:
     if not trained:
         return ()
     return tuple(float(f"{float(t) / trained:.6g}") for t in scheduler.timesteps[-num_steps:])
+
+
+def require_finite(values: Tensor, what: str) -> Tensor:
+    """`values` themselves: errors of what is not a number cannot be told.
+
+    Raises:
+        InputError: some are NaN or infinite.
+    """
+    if not torch.isfinite(values).all():
+        raise InputError(
+            f"{what} of an exact generation are not finite (NaN or infinity), so no error can be measured; load the "
+            "model in a dtype that does not overflow (bfloat16, float32), or with weights that are not damaged"
+        )
+    return values
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..ir import BRANCHES, Pattern
 from ..runtime.segments import SegmentRunner
 from ..runtime.simulator import run_pattern
+from .generate import require_finite
 from .linear import SamplerMap
 from .record import Option, Recording, guided
 
@@ -38,11 +39,15 @@ class Sketches:
 def pull_back_images(
     decode: Callable[[Tensor], Tensor], final: Tensor, probes: int, seed: int
 ) -> tuple[Tensor, int]:
-    """K random image directions as latents: `v_k = (d decode / d latents)^T n_k`, [K, P, ...]; and the image's size."""
+    """K random image directions as latents: `v_k = (d decode / d latents)^T n_k`, [K, P, ...]; and the image's size.
+
+    Raises:
+        InputError: an image is not finite.
+    """
     generator = torch.Generator().manual_seed(seed)
     latents = final.detach().clone().requires_grad_(True)
     with torch.enable_grad():
-        images = decode(latents)
+        images = require_finite(decode(latents), "the images")
         rows = []
         for _ in range(probes):
             noise = torch.randn(images.shape, generator=generator).to(images)

@@ -34,7 +34,7 @@ from .compounding import fit_schedules
 from .drift import Drift
 from .error_helpers import ErrorHelpers
 from .errors import Curves, ErrorMeasurement, ErrorSettings
-from .generate import FirstCall, Generation, noise_levels, prompts_digest
+from .generate import FirstCall, Generation, noise_levels, prompts_digest, require_finite
 from .jobs import GraphBuilder, Job
 from .partial import Partial, weights_digest
 from .redundancy import SURVEYED_PROMPTS, survey_redundancy
@@ -137,7 +137,7 @@ class ProfileSession:
         self, tables: Tables, proposals: Proposals, known: Profile | None, survey: bool
     ) -> Profile:
         first = FirstCall()
-        self._generation.latents(self._prompts[:1], first)
+        require_finite(self._generation.latents(self._prompts[:1], first), f"the latents of {self._prompts[:1]}")
         self._signature, call = first.require()
         levels = noise_levels(self._generation.pipe.scheduler, first.num_steps)
         self._progress("capture", 0, 1)

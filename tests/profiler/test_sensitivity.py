@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from hybridiff_compiler.ir import InputError
 from hybridiff_compiler.profiler.decode import decoder_of
 from hybridiff_compiler.profiler.linear import sampler_map
 from hybridiff_compiler.profiler.record import Option, Recorder, guided, options_of
@@ -82,3 +83,10 @@ def test_image_error_takes_out_the_bias_of_few_probes():
     sketch = 3.0 * torch.randn(4, 20000, generator=generator, dtype=torch.float64)
     assert image_error([sketch], pixels=9) == pytest.approx(1.0, rel=0.02)
     assert math.isfinite(image_error([torch.zeros(2, 3, dtype=torch.float64)], 4))
+
+
+def test_images_that_are_not_numbers_are_refused():
+    final = torch.ones(1, 4, 2, 2)
+    pull_back_images(lambda latents: 3 * latents, final, 2, seed=0)
+    with pytest.raises(InputError, match="the images of an exact generation are not finite"):
+        pull_back_images(lambda latents: latents / 0, final, 2, seed=0)

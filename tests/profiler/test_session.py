@@ -1,6 +1,7 @@
 """A whole profiling session on the bundled models with few steps: what it must hold, and what it refuses."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -146,6 +147,21 @@ def test_bad_input_is_refused(bench):
         measure(bench, num_inference_steps=2)
     with pytest.raises(InputError, match="no classifier-free-guidance call"):
         measure(bench, guidance_scale=1.0)
+
+
+def test_generations_that_are_not_numbers_are_refused(bench):
+    if bench.name != "mmdit":
+        pytest.skip("one model is enough")
+    parameter = next(bench.denoiser.parameters())
+    kept = parameter.detach().clone()
+    try:
+        with torch.no_grad():
+            parameter.fill_(math.nan)
+        with pytest.raises(InputError, match=r"latents of \['a cat'\] of an exact generation are not finite"):
+            measure(bench)
+    finally:
+        with torch.no_grad():
+            parameter.copy_(kept)
 
 
 def test_timing_takes_turns_and_reports_medians():
