@@ -22,13 +22,14 @@ def command(
         metavar="MODEL...", help="As for profile; with --random-weights names of architectures: sdxl, sd3.")],
     random_weights: Annotated[bool, typer.Option(
         "--random-weights", help="No weights are loaded: latency is real, images mean nothing.")] = False,
-    pixels: Annotated[int, typer.Option(min=8, help="Width and height.")] = 1024,
+    pixels: Annotated[int, typer.Option(min=8, help="Image width and height.")] = 1024,
     steps: Annotated[int, typer.Option(min=2, help="Denoising steps.")] = 50,
     gpus: Annotated[int, typer.Option(min=1, help="Ranks of the plans.")] = 2,
     rows: Annotated[list[str] | None, typer.Option("--row", help="Measure only this row; repeat for more.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed generations per row, after one to warm up.")] = 3,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda",
-    backend: Annotated[str | None, typer.Option(help="eager or inductor [default: inductor on cuda].")] = None,
+    backend: Annotated[str | None, typer.Option(
+        show_default="inductor on cuda, eager on cpu", help="eager or inductor.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per rank.")] = None,
     profile: Annotated[list[Path] | None, typer.Option(
         help="A profile of one of the MODELs by the same name: use its partitions, print its predictions; repeat for "
@@ -39,7 +40,7 @@ def command(
     decode: Annotated[bool, typer.Option(
         "--decode", help="Time the decode of the VAE instead: as it comes, compiled, and in bands of rows.")] = False,
     decode_dtype: Annotated[str | None, typer.Option(
-        help="With --decode: float32, float16 or bfloat16 [default: what the pipeline decodes in].")] = None,
+        show_default="what the pipeline decodes in", help="With --decode: float32, float16 or bfloat16.")] = None,
     trace: Annotated[Path | None, typer.Option(
         metavar="FOLDER", help="Record a generation by the row `branch` on all GPUs there; see tools/trace_gaps.py.",
     )] = None,

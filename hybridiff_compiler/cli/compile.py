@@ -16,11 +16,11 @@ def command(
         metavar="MODEL", help="bundled:unet, bundled:mmdit, a local diffusers folder, or a hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; an older bundle is replaced.")],
     backend: Annotated[str | None, typer.Option(
-        help="aotinductor, onnx, tensorrt or tensorrt-rtx [default: the strongest one here].")] = None,
+        show_default="the strongest one here", help="aotinductor, onnx, tensorrt or tensorrt-rtx.")] = None,
     target: Annotated[str | None, typer.Option(
-        help="GPU to build for: sm_89 and the like, or CURRENT [default: this machine's].")] = None,
+        show_default="this machine's", help="GPU to build for: sm_89 and the like, or CURRENT.")] = None,
     jobs: Annotated[int | None, typer.Option(
-        "--jobs", "-j", min=1, help="Processes that compile [default: as cores and memory allow].")] = None,
+        "--jobs", "-j", min=1, show_default="as cores and memory allow", help="Processes that compile.")] = None,
     json_mode: Annotated[bool, typer.Option("--json", help="Print the manifest as one JSON object.")] = False,
 ) -> None:
     """Compile every stage graph of PLAN for MODEL, so that running it compiles nothing."""

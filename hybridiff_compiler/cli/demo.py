@@ -116,8 +116,8 @@ def _write(
     folder: Path, loaded: LoadedModel, rows: Sequence[Contender], comparison: Comparison, prompts: int
 ) -> None:
     """Plans, and the images of every row that made one per prompt, side by side."""
+    from ..ir import write_atomically
     from ..report import image_grid
-    from .files import write_atomically
 
     for row in rows:
         row.plan.save(folder / f"plan-{row.name}.json")

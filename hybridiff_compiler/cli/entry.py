@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import io
 import os
 import signal
 import sys
@@ -21,8 +23,20 @@ INTERRUPTED, TERMINATED = 130, 143
 def main() -> NoReturn:
     """Run the command line of this process and exit."""
     signal.signal(signal.SIGTERM, _terminate)
+    _usable_streams()
     collect_rarely()
     sys.exit(run_command(sys.argv[1:]))
+
+
+def _usable_streams() -> None:
+    """Characters that a stream's encoding lacks are printed as question marks, and what is printed to a closed stream
+    is lost: neither fails the command."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
 
 
 def collect_rarely() -> None:
@@ -37,9 +51,9 @@ def run_command(arguments: Sequence[str]) -> int:
     Returns:
         The exit code; an error has been reported on stderr as one line.
     """
-    from .app import app
-
     try:
+        from .app import app
+
         code = app(args=list(arguments), prog_name="hybridiff", standalone_mode=False)
     except KeyboardInterrupt:
         return _interrupted()
@@ -74,6 +88,10 @@ def _judge(error: Exception) -> tuple[int, str]:
 
     if isinstance(error, HybridiffError):
         return (2 if isinstance(error, UsageError) else 1), str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return 1, f"{error.filename}: {error.strerror or error}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return 1, f"{error.strerror}: what the command prints or keeps could not be written; make room and run it again"
     return 1, f"unexpected {type(error).__name__}: {error} (set {DEBUG}=1 for the traceback)"
 
 

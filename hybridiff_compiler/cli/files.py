@@ -1,15 +1,14 @@
-"""Output files: refused before the work starts when they cannot be written, and never left half written."""
+"""Output files: refused before the work starts when they cannot be written."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
-from ..ir import InputError, UsageError
+from ..ir import InputError, UsageError, is_special
 
-__all__ = ["check_folder", "check_image_path", "check_writable", "write_atomically"]
+__all__ = ["check_folder", "check_image_path", "check_writable"]
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -24,7 +23,11 @@ def check_writable(file: Path | None) -> None:
         return
     if file.is_dir():
         raise InputError(f"{file}: is a folder; give the path of a file to write")
-    folder = file.parent
+    if is_special(file):
+        if not os.access(file, os.W_OK):
+            raise InputError(f"{file}: cannot be written; choose another output path")
+        return
+    folder = Path(os.path.realpath(file)).parent
     if not folder.is_dir():
         raise InputError(f"{file}: the folder {folder} does not exist; make it first or choose another output path")
     _probe(folder, file)
@@ -51,21 +54,6 @@ def check_folder(folder: Path) -> None:
     except OSError as error:
         raise InputError(f"{folder}: cannot be made: {error.strerror or error}; choose another --out") from None
     _probe(folder, folder)
-
-
-def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `file` (same ending), then rename it."""
-    handle, name = tempfile.mkstemp(prefix=f".{file.stem}.", suffix=file.suffix, dir=file.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _probe(folder: Path, named: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 __all__ = ["Output", "ProgressCallback", "opened"]
 
@@ -30,8 +31,9 @@ class Output:
     def __init__(self, json_mode: bool, stdout: TextIO) -> None:
         self.json_mode = json_mode
         self._stdout = stdout
-        self._results = Console(file=stdout, width=None if stdout.isatty() else _PLAIN_WIDTH, highlight=False)
-        self._remarks = Console(stderr=True, highlight=False)
+        literal: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}  # prompts and paths hold both
+        self._results = Console(file=stdout, width=None if stdout.isatty() else _PLAIN_WIDTH, **literal)
+        self._remarks = Console(stderr=True, **literal)
 
     def result(self, *human: RenderableType, machine: Callable[[], Any]) -> None:
         """Print the result: `human` renderables, or with `--json` the object that `machine` returns."""
@@ -40,11 +42,20 @@ class Output:
             self._stdout.flush()
             return
         for part in human:
-            self._results.print(part)
+            self._print(part)
+
+    def _print(self, part: RenderableType) -> None:
+        """Tables are as wide as in a file, even where the terminal is narrower: lines that it folds can be read,
+        numbers folded within their columns cannot."""
+        console, width = self._results, self._results.width
+        if isinstance(part, Table):
+            console.width = max(width, _PLAIN_WIDTH)
+        console.print(part)
+        console.width = width
 
     def remark(self, text: str) -> None:
         """One line on stderr."""
-        self._remarks.print(text, markup=False, soft_wrap=True)
+        self._remarks.print(text, soft_wrap=True)
 
     @contextmanager
     def progress(self, *, one_bar: bool = False) -> Iterator[ProgressCallback]:
@@ -53,7 +64,8 @@ class Output:
         if not self._remarks.is_terminal:
             yield _plain_progress(self.remark)
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        stage_name = TextColumn("{task.description}", markup=False)
+        columns = (stage_name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=self._remarks, transient=True) as bars:
             tasks: dict[str, TaskID] = {}
 

@@ -28,14 +28,15 @@ def command(
     max_latency_ms: Annotated[float | None, typer.Option(help="Best schedule whose loop takes no longer.")] = None,
     policy: Annotated[str | None, typer.Option(help="exact, or paper (the published adaptive rule).")] = None,
     quantile: Annotated[float | None, typer.Option(
-        help="Share of prompts that may fall below --min-psnr, e.g. 0.05 [default: their mean must not].")] = None,
+        show_default="their mean must not", help="Share of prompts that may fall below --min-psnr, e.g. 0.05.")] = None,
     adaptive: Annotated[Path | None, typer.Option(
         metavar="SAMPLES", help="Pick a schedule per prompt; measured prompts from tools/measure_prompts.py.")] = None,
-    steps: Annotated[int | None, typer.Option(min=3, help="Denoising steps [default: the profile's].")] = None,
+    steps: Annotated[int | None, typer.Option(min=3, show_default="the profile's", help="Denoising steps.")] = None,
     strength: Annotated[float, typer.Option(help="Of image-to-image: only the last part of the steps runs.")] = 1.0,
     costs: Annotated[str, typer.Option(help="measured, or work: denoiser evaluations, whatever the hardware.")] =
     "measured",
-    without: Annotated[list[str] | None, typer.Option(help="A family of patterns not to use, e.g. reuse.")] = None,
+    without: Annotated[list[str] | None, typer.Option(
+        help="A family of patterns not to use, e.g. reuse; repeat for more.")] = None,
     rank_speeds: Annotated[str | None, typer.Option(
         metavar="SPEEDS", help="Of every rank, relative to the profiled device, rank 0 first, e.g. 1,0.5.")] = None,
     rank_memory: Annotated[str | None, typer.Option(

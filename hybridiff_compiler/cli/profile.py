@@ -22,15 +22,19 @@ def command(
     prompt: Annotated[list[str] | None, typer.Option(help="A calibration prompt; repeat for more.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file of prompts, one a line.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first so many prompts.")] = None,
-    steps: Annotated[int | None, typer.Option(min=3, help="Denoising steps [default: 50].")] = None,
+    steps: Annotated[int | None, typer.Option(min=3, show_default="50", help="Denoising steps.")] = None,
     guidance_scale: Annotated[list[float] | None, typer.Option(
-        help="Classifier-free guidance scale [default: 5]; repeat to record the discrepancy at more scales.")] = None,
-    height: Annotated[int | None, typer.Option(min=8, help="Image height [default: the model's].")] = None,
-    width: Annotated[int | None, typer.Option(min=8, help="Image width [default: the model's].")] = None,
+        show_default="5", help="Classifier-free guidance scale; repeat to record the discrepancy at more scales.")
+    ] = None,
+    height: Annotated[int | None, typer.Option(
+        min=8, show_default="the model's", help="Image height in pixels.")] = None,
+    width: Annotated[int | None, typer.Option(
+        min=8, show_default="the model's", help="Image width in pixels.")] = None,
     seed: Annotated[int, typer.Option(help="Prompt k starts from seed + k.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of one rank.")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[str | None, typer.Option(help="torch dtype [default: float32 on cpu, float16 on cuda].")] = None,
+    dtype: Annotated[str | None, typer.Option(
+        show_default="float32 on cpu, float16 on cuda", help="float32, float16 or bfloat16.")] = None,
     errors_from: Annotated[Path | None, typer.Option(
         help="Take the errors over from this profile of the same generations; measure only costs here.")] = None,
     cuts_from: Annotated[Path | None, typer.Option(
@@ -41,14 +45,14 @@ def command(
         "--random-weights", help="MODEL names an architecture (sdxl, sd3, pixart, flux, wan); with --costs-only.")
     ] = False,
     gpus: Annotated[int | None, typer.Option(
-        min=1, help="Measure links between so many ranks [default: all GPUs; 2 processes on cpu].")] = None,
+        min=1, show_default="all GPUs; 2 processes on cpu", help="Measure links between so many ranks.")] = None,
     link: Annotated[str | None, typer.Option(
         metavar="US,GBS", help="Between the GPUs that will run it, e.g. 12,260 (microseconds, GB/s): stages then "
         "compute cheap values themselves that would take longer to arrive.")] = None,
     backend: Annotated[str | None, typer.Option(
-        help="What will run the stages: eager or inductor [default: inductor on cuda].")] = None,
+        show_default="inductor on cuda, eager on cpu", help="What will run the stages: eager or inductor.")] = None,
     jobs: Annotated[int | None, typer.Option(
-        min=0, help="With --costs-only: processes that compile and time [default: up to 8 on cuda].")] = None,
+        min=0, show_default="up to 8 on cuda", help="With --costs-only: processes that compile and time.")] = None,
     max_seconds: Annotated[float | None, typer.Option(
         min=1, help="With --costs-only: build nothing more after this; the profile says what it lacks.")] = None,
     estimate: Annotated[str | None, typer.Option(
@@ -70,7 +74,7 @@ def command(
     What is finished is kept in OUTPUT.partial; the same command continues a stopped run from there.
     """
     from ..api import profile as measure
-    from ..ir import Profile, UsageError
+    from ..ir import Profile, UsageError, is_special
     from .calls import call_options, check_device
     from .files import check_writable
     from .models import load_model
@@ -93,8 +97,8 @@ def command(
         steps=steps, guidance_scale=guidance_scale[0] if guidance_scale else None, seed=seed, quick=quick,
         random_weights=random_weights, jobs=jobs, max_seconds=max_seconds or math.inf, link=between,
     )
-    partial = output.with_name(f"{output.name}.partial")
-    if restart:
+    partial = None if is_special(output) else output.with_name(f"{output.name}.partial")
+    if restart and partial is not None:
         partial.unlink(missing_ok=True)
     with opened(json_mode) as out:
         if estimate is not None:

@@ -21,11 +21,11 @@ def command(
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt to fit to; repeat for more.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file of prompts, one a line.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Use only the first so many prompts.")] = 16,
-    guidance_scale: Annotated[float | None, typer.Option(help="Guidance scale [default: the profile's].")] = None,
-    height: Annotated[int | None, typer.Option(min=8, help="Image height; must be the plan's.")] = None,
-    width: Annotated[int | None, typer.Option(min=8, help="Image width; must be the plan's.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(show_default="the profile's", help="Guidance scale.")] = None,
+    height: Annotated[int | None, typer.Option(min=8, help="Image height in pixels; must be the plan's.")] = None,
+    width: Annotated[int | None, typer.Option(min=8, help="Image width in pixels; must be the plan's.")] = None,
     seed: Annotated[int, typer.Option(help="Of the search; prompt k starts from seed + k.")] = 0,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads [default: as torch chooses].")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, show_default="as torch chooses", help="CPU threads.")] = None,
     json_mode: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON object.")] = False,
 ) -> None:
     """Improve PLAN's schedule at no more cost, by measuring neighbouring schedules on prompts (on one device)."""

@@ -17,16 +17,17 @@ def command(
     prompt: Annotated[str, typer.Option(help="What the image shows.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The image to write (.png, .jpg, .webp).")],
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; must be the plan's.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance scale [default: 5].")] = None,
-    height: Annotated[int | None, typer.Option(min=8, help="Image height; must be the plan's.")] = None,
-    width: Annotated[int | None, typer.Option(min=8, help="Image width; must be the plan's.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(
+        show_default="5", help="Classifier-free guidance scale.")] = None,
+    height: Annotated[int | None, typer.Option(min=8, help="Image height in pixels; must be the plan's.")] = None,
+    width: Annotated[int | None, typer.Option(min=8, help="Image width in pixels; must be the plan's.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the starting noise.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads per rank.")] = 1,
     json_mode: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Generate one image of MODEL by PLAN, on as many processes as the plan has ranks."""
-    from ..ir import Plan
-    from .files import check_image_path, check_writable, write_atomically
+    from ..ir import Plan, write_atomically
+    from .files import check_image_path, check_writable
     from .models import load_for_plan
     from .output import opened
     from .prompts import choose_prompts

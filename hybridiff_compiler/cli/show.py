@@ -91,21 +91,15 @@ def _explained(file: Path, profile: Path, machine: Any) -> tuple[list[Any], Any]
 
 
 def _payload(file: Path) -> dict[str, Any]:
-    import json
-
-    from ..ir import InputError
+    from ..ir import InputError, parse_json
 
     try:
-        payload = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{file}: no such file; give a profile, a plan, or the JSON of a demo") from None
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{file}: not valid JSON at line {error.lineno} column {error.colno} ({error.msg}); it is truncated or "
-            "damaged, make it again"
-        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read: {error}") from None
+    payload = parse_json(text, source=str(file), noun="file")
     if not isinstance(payload, dict):
         raise InputError(f"{file}: is no profile, plan or demo result; give a JSON file that hybridiff wrote")
     return payload

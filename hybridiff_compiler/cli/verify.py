@@ -23,9 +23,10 @@ def command(
     prompts: Annotated[Path | None, typer.Option(help="A text file of prompts, one a line.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Use only the first so many prompts.")] = 4,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; must be the plan's.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance scale [default: 5].")] = None,
-    height: Annotated[int | None, typer.Option(min=8, help="Image height; must be the plan's.")] = None,
-    width: Annotated[int | None, typer.Option(min=8, help="Image width; must be the plan's.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(
+        show_default="5", help="Classifier-free guidance scale.")] = None,
+    height: Annotated[int | None, typer.Option(min=8, help="Image height in pixels; must be the plan's.")] = None,
+    width: Annotated[int | None, typer.Option(min=8, help="Image width in pixels; must be the plan's.")] = None,
     seed: Annotated[int, typer.Option(help="Prompt k starts from seed + k.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads per rank, on both sides.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Least number of timed generations per side.")] = 3,

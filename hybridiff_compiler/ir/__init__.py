@@ -7,9 +7,10 @@ from .ages import NEVER, AgeModel, Ages, check_reads
 from .compounding import Compounding, ScheduleCheck
 from .costs import Broadcast, Costs, LayerTiming, Link, StageCost
 from .curves import Guidance, Redundancy
-from .data import Data, Document, write_text_atomically
+from .data import Data, Document
 from .dryrun import dry_run
 from .errors import HybridiffError, InputError, PlanMismatchError, TargetError, UsageError, WorkerError
+from .files import is_special, parse_json, write_atomically, write_text_atomically
 from .layers import Layer, LayerGraph, Value
 from .partition import WHOLE, Partition
 from .pattern import BRANCHES, Branch, Combine, Pattern, Read, Unit
@@ -36,5 +37,6 @@ __all__ = [
     "Link", "ModelInfo", "Partition", "Pattern", "PatternErrors", "Plan", "PlanMismatchError", "PlanProvenance",
     "Predictions", "Profile", "Provenance", "RankSpec", "Read", "Redundancy", "Schedule", "ScheduleCheck", "Segment",
     "StageCost", "Statistic", "SwitchedSchedule", "TargetError", "Unit", "UsageError", "Value", "WorkerError",
-    "at_gap", "check_reads", "dry_run", "format_steps", "lower", "parse_steps", "write_text_atomically",
+    "at_gap", "check_reads", "dry_run", "format_steps", "is_special", "lower", "parse_json", "parse_steps",
+    "write_atomically", "write_text_atomically",
 ]

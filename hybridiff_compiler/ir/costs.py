@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from .data import Data
 
 __all__ = ["Broadcast", "Costs", "LayerTiming", "Link", "StageCost"]
+
+Seconds = Annotated[float, Field(ge=0)]
 
 
 class StageCost(Data):
@@ -89,7 +91,7 @@ class LayerTiming(Data):
 class Costs(Data):
     """Times in seconds."""
 
-    layers: dict[int, tuple[float, ...]]
+    layers: dict[int, tuple[Seconds, ...]] = Field(min_length=1)
     """Per number of branches batched together (1, 2): time of each layer, in graph order, calibrated so that their
     sum is the time of the whole."""
     stages: tuple[StageCost, ...] = ()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -13,8 +12,9 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import InputError
+from .files import parse_json, write_text_atomically
 
-__all__ = ["Data", "Document", "write_text_atomically"]
+__all__ = ["Data", "Document"]
 
 _MAX_REPORTED_ERRORS = 3
 
@@ -72,13 +72,7 @@ class Document(Data):
             InputError: as for `load`.
         """
         noun = cls.__name__.lower()
-        try:
-            payload: Any = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{source}: not valid JSON at line {error.lineno} column {error.colno} ({error.msg}); "
-                f"the {noun} is truncated or damaged, make it again"
-            ) from None
+        payload = parse_json(text, source=source, noun=noun)
         try:
             return cls.model_validate(payload)
         except ValidationError as error:
@@ -91,29 +85,3 @@ class Document(Data):
 def _describe(item: Any) -> str:
     where = ".".join(str(part) for part in item["loc"]) or "document"
     return f"{where}: {item['msg']}"
-
-
-def write_text_atomically(path: str | os.PathLike[str], text: str) -> Path:
-    """Write `text` under a temporary name beside `path`, then rename: readers never see half a file.
-
-    Raises:
-        InputError: the folder does not exist or cannot be written.
-    """
-    file = Path(path)
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    except OSError as error:
-        raise InputError(f"{file}: cannot be written: {error.strerror or error}; choose another output path") from None
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, file)
-    except BaseException as error:
-        os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise InputError(f"{file}: cannot be written: {error.strerror or error}") from None
-        raise
-    return file

@@ -141,10 +141,10 @@ class Pattern(Data):
             if any(read.fresh and read.branch == unit.branch for read in unit.reads):
                 raise ValueError(f"pattern {self.name!r}: unit {unit} lists a default (fresh, same branch) read")
         for unit in self.units:
-            other = {read.stage for read in unit.reads if not read.fresh}
-            for stage in set(range(self.stages)) - other - {unit.stage}:
+            other = {unit.stage, *(read.stage for read in unit.reads if not read.fresh)}
+            for stage in range(self.stages):  # a table with absurdly many stages fails at the first that it lacks
                 read = unit.read(stage)
-                if (read.branch, stage) not in seen:
+                if stage not in other and (read.branch, stage) not in seen:
                     raise ValueError(
                         f"pattern {self.name!r}: unit {unit} reads {read} fresh, which no unit computes; "
                         "compute it or mark the read stale with '~'"

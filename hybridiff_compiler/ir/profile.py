@@ -12,9 +12,10 @@ from .costs import Costs
 from .curves import Guidance, Redundancy
 from .data import Document
 from .layers import LayerGraph
-from .partition import Partition
+from .partition import WHOLE, Partition
 from .pattern import Pattern
 from .provenance import ModelInfo, Provenance
+from .schedule import MAX_STEPS
 from .step_errors import ErrorSampling, PatternErrors
 
 __all__ = ["Profile"]
@@ -28,7 +29,7 @@ class Profile(Document):
     model: ModelInfo
     graph: LayerGraph
     costs: Costs
-    num_steps: int = Field(ge=1)
+    num_steps: int = Field(ge=1, le=MAX_STEPS)
     scheduler: str
     guidance_scale: float
     noise_levels: tuple[float, ...] = ()
@@ -57,23 +58,49 @@ class Profile(Document):
                 raise ValueError(
                     f"costs of batch {batch} list {len(seconds)} layers, the graph has {len(self.graph.layers)}"
                 )
+        self._check_tables()
+        self._check_curves()
+        return self
+
+    def _check_tables(self) -> None:
+        for what, names in (
+            ("partition", [each.name for each in self.partitions]), ("pattern", [each.name for each in self.patterns]),
+            ("errors of pattern", [each.pattern for each in self.errors]),
+        ):
+            if len(names) != len(set(names)):
+                raise ValueError(f"{what} names must be unique, got {names}")
+        for partition in self.partitions:
+            partition.check_covers(self.graph)
+        stages = {WHOLE: 1} | {each.name: len(each.stages) for each in self.partitions}
+        for pattern in self.patterns:
+            if stages.get(pattern.partition) != pattern.stages:
+                raise ValueError(
+                    f"pattern {pattern.name!r} expects partition {pattern.partition!r} with {pattern.stages} stages; "
+                    f"the profile has {stages}"
+                )
         known = {pattern.name for pattern in self.patterns}
         for errors in self.errors:
             if errors.pattern not in known:
                 raise ValueError(f"errors of unknown pattern {errors.pattern!r}; patterns are {sorted(known)}")
+
+    def _check_curves(self) -> None:
+        for errors in self.errors:
             for curve in errors.curves:
-                if len(curve.rmse) != self.num_steps or len({len(row) for row in curve.rmse}) != 1:
+                if len(curve.rmse) != self.num_steps or len({len(row) for row in curve.rmse}) != 1 or not curve.rmse[0]:
                     raise ValueError(
                         f"error curve of {errors.pattern!r} must have {self.num_steps} rows of equal length"
                     )
         if self.noise_levels and len(self.noise_levels) != self.num_steps:
             raise ValueError(f"noise_levels must have {self.num_steps} steps, got {len(self.noise_levels)}")
-        curves = [] if self.guidance is None else [self.guidance]
-        if any(len(row) != self.num_steps for each in (*curves, *self.further_guidance) for row in each.rel_mae):
-            raise ValueError(f"guidance curves must have {self.num_steps} steps")
-        for partition in self.partitions:
-            partition.check_covers(self.graph)
-        return self
+        for guidance in (self.guidance, *self.further_guidance):
+            if guidance is not None and {len(row) for row in guidance.rel_mae} != {self.num_steps}:
+                raise ValueError(f"guidance curves must have {self.num_steps} steps, of one prompt or more")
+        values = {value.name for value in self.graph.values}
+        for name, row in ({} if self.redundancy is None else self.redundancy.change).items():
+            if name not in values:
+                raise ValueError(f"redundancy of {name!r}, which is no value of the graph")
+            if len(row) != self.num_steps - 1:
+                raise ValueError(f"redundancy of {name!r} must have {self.num_steps - 1} steps, got {len(row)}")
 
     @cached_property
     def errors_by_pattern(self) -> dict[str, PatternErrors]:

@@ -19,8 +19,12 @@ from .data import Data
 from .errors import InputError
 
 __all__ = [
-    "AdaptiveSchedule", "FixedSchedule", "Schedule", "Statistic", "SwitchedSchedule", "format_steps", "parse_steps",
+    "MAX_STEPS", "AdaptiveSchedule", "FixedSchedule", "Schedule", "Statistic", "SwitchedSchedule", "format_steps",
+    "parse_steps",
 ]
+
+MAX_STEPS = 10_000
+"""Denoising steps of one generation: ten times as many as schedulers commonly have training timesteps."""
 
 _RUN = re.compile(r"([\w.:@+-]+?)(?:\*(\d+))?")
 
@@ -35,13 +39,15 @@ def parse_steps(text: str) -> tuple[str, ...]:
     """Inverse of `format_steps`.
 
     Raises:
-        InputError: a word is not `NAME` or `NAME*COUNT` with COUNT at least 1.
+        InputError: a word is not `NAME` or `NAME*COUNT` with COUNT at least 1, or there are too many steps.
     """
     steps: list[str] = []
     for word in text.split():
         match = _RUN.fullmatch(word)
         if match is None or match[2] == "0":
             raise InputError(f"schedule word {word!r} is not of the form NAME or NAME*COUNT (COUNT >= 1)")
+        if len(match[2] or "") > len(str(MAX_STEPS)) or len(steps) + int(match[2] or 1) > MAX_STEPS:
+            raise InputError(f"schedule word {word!r} makes more than {MAX_STEPS} steps")
         steps.extend([match[1]] * int(match[2] or 1))
     return tuple(steps)
 
@@ -50,7 +56,7 @@ class FixedSchedule(Data):
     """One pattern name per step, known in advance."""
 
     kind: Literal["fixed"] = "fixed"
-    steps: tuple[str, ...] = Field(min_length=1)
+    steps: tuple[str, ...] = Field(min_length=1, max_length=MAX_STEPS)
 
     @property
     def num_steps(self) -> int:
@@ -84,7 +90,7 @@ class AdaptiveSchedule(Data):
     """
 
     kind: Literal["adaptive"] = "adaptive"
-    num_steps: int = Field(ge=1)
+    num_steps: int = Field(ge=1, le=MAX_STEPS)
     warmup: str
     """Exact pattern of the warm-up and fully-connecting phases."""
     window: str

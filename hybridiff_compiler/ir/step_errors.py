@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -22,7 +22,7 @@ class ErrorCurve(Data):
     gap: int | None = Field(default=None, ge=1)
     """Of patterns with a trend: steps between the two exact ones that the line is drawn through. They have a curve per
     measured gap; the others none."""
-    rmse: tuple[tuple[float, ...], ...]
+    rmse: tuple[tuple[Annotated[float, Field(ge=0)], ...], ...]
     """`rmse[step][age - 1]`: root mean square error of the final image (values in [0, 1]), geometric mean over
     prompts. Source `none` has one column."""
 

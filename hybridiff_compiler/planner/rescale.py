@@ -30,6 +30,8 @@ DRIFT_DB = 1.0
 """Residual of predictions per doubling or halving of the number of steps, in dB."""
 _MAX_AGE = 12
 """Largest age of a derived curve: more make the solver's state space large and are never chosen."""
+_FINEST, _COARSEST = 0.25, 5.0
+"""Least and greatest length of a derived step, in steps of the profile."""
 
 
 def noise_levels_of(profile: Profile) -> tuple[float, ...]:
@@ -63,16 +65,20 @@ def at_steps(
             return profile
         if not 0 < strength <= 1:
             raise UsageError(f"got strength={strength:g}; give a number above 0 and at most 1")
+        if total > 2 * old / _FINEST:  # before arrays of that length are made
+            raise _too_different(total, old)
         run = min(total, int(total * strength))
         position = _same_scheduler(profile, total)[total - run :]
     if len(position) < 3:
         raise UsageError(f"got {len(position)} steps; a schedule needs at least 3")
     span = _spans(position, old)
     typical = float(np.median(span))
-    if not 0.25 <= typical <= 5:
+    if not _FINEST <= typical <= _COARSEST:
+        if noise_levels is None:
+            raise _too_different(total, old)
         raise UsageError(
-            f"got steps {typical:.2g} times as long as those of the profile ({old} steps); it can be used for 0.25 to "
-            "5 times, profile the model with a nearer number of steps"
+            f"got noise levels {typical:.2g} times as far apart as those of the profile ({old} steps); it can be used "
+            f"for {_FINEST:g} to {_COARSEST:g} times, profile the model with a nearer number of steps"
         )
     grid = np.arange(old)
     middle = np.clip(position + (span - 1) / 2, 0, old - 1)
@@ -103,6 +109,13 @@ def at_steps(
         "further_guidance": tuple(moved(curves) for curves in profile.further_guidance),
         "noise_levels": tuple(map(float, levels)),
     })
+
+
+def _too_different(total: int, old: int) -> UsageError:
+    return UsageError(
+        f"got {total} steps; a profile of {old} steps can be used for about {old / _COARSEST:.0f} to "
+        f"{old / _FINEST:.0f}, profile the model with a nearer number of steps"
+    )
 
 
 def _same_scheduler(profile: Profile, total: int) -> NDArray[np.float64]:

@@ -12,7 +12,7 @@ from ..ir import Certificate, Pattern, Plan, Predictions, Profile
 from .describe_costs import describe_links, describe_timing, source_line
 from .describe_errors import describe_guidance, describe_redundancy, describe_trust
 from .strip import count_patterns, legend, letters, representative_steps, strip
-from .style import plain_table
+from .style import FittedText, plain_table
 from .timeline import TIMELINE_LEGEND, timeline
 
 __all__ = ["describe_plan", "describe_profile", "plan_summary"]
@@ -32,7 +32,7 @@ def describe_plan(plan: Plan) -> list[RenderableType]:
     ]
     if plan.partitions:
         parts.append(_partitions_table(plan))
-    parts += [_heading("timeline"), Text(timeline(plan)), Text(TIMELINE_LEGEND)]
+    parts += [_heading("timeline"), FittedText(lambda width: timeline(plan, width=width)), Text(TIMELINE_LEGEND)]
     if plan.provenance is not None:
         versions = ", ".join(f"{name} {version}" for name, version in plan.provenance.versions.items())
         parts.append(Text(

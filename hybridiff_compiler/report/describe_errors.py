@@ -13,7 +13,7 @@ from ..ir import Guidance, Partition, Profile
 from ..planner import candidate_partitions
 from ..planner.policy import paper_schedule
 from ..planner.staleness import lost_bytes, rank_errors, stale_tables
-from .style import plain_table
+from .style import FittedText, plain_table
 from .textplot import text_plot
 
 __all__ = ["describe_guidance", "describe_redundancy", "describe_trust"]
@@ -26,9 +26,10 @@ def describe_guidance(profile: Profile) -> list[RenderableType]:
     """Discrepancy curves over prompts, their curvature, and where the published rule would switch."""
     if profile.guidance is None:
         return []
+    curve = profile.guidance.mean
     parts: list[RenderableType] = [
         Text("\ndenoising discrepancy (rel-MAE), mean over prompts", style="bold"),
-        Text(text_plot(profile.guidance.mean)),
+        FittedText(lambda width: text_plot(curve, width=width)),
     ]
     steps = _shown(profile.num_steps)
     table = plain_table("\nrel-MAE over prompts, by step", "guidance", "of prompts", *map(str, steps), left=2)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..ir import write_text_atomically
+from ..ir import write_atomically, write_text_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,10 +64,7 @@ def frontier_figure(
 
 def save_png(figure: Figure, path: Path) -> Path:
     """Write a figure as PNG, atomically."""
-    from ..cli.files import write_atomically
-
-    write_atomically(path, lambda file: figure.savefig(file, dpi=_DPI, format="png"))
-    return path
+    return write_atomically(path, lambda file: figure.savefig(file, dpi=_DPI, format="png"))
 
 
 def save_html(figures: Sequence[Figure], path: Path, *, title: str, text: str = "") -> Path:

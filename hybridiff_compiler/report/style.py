@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
-from rich import box
-from rich.table import Table
+from collections.abc import Callable
 
-__all__ = ["plain_table"]
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["FittedText", "plain_table"]
+
+
+class FittedText:
+    """Text that is drawn for the width at hand, because folding it would take apart what stands in one column.
+
+    Args:
+        draw: function from the number of columns to the text.
+    """
+
+    def __init__(self, draw: Callable[[int], str]) -> None:
+        self._draw = draw
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(self._draw(options.max_width))
 
 
 def plain_table(title: str, *headings: str, left: int = 1, fold: bool = True) -> Table:

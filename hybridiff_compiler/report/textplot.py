@@ -7,15 +7,17 @@ from collections.abc import Sequence
 
 __all__ = ["text_plot"]
 
+_MARGIN, _MOST = 11, 100
 
-def text_plot(values: Sequence[float], *, height: int = 10, width: int = 100, label: str = "step") -> str:
+
+def text_plot(values: Sequence[float], *, height: int = 10, width: int = 111, label: str = "step") -> str:
     """A dot per column over a vertical axis from zero (or the least value, if negative) to the largest.
 
-    Curves longer than `width` are averaged over runs of steps.
+    Curves longer than `width` columns hold beside the axis (at most 100) are averaged over runs of steps.
     """
     if not values:
         return "(no values)"
-    run = math.ceil(len(values) / width)
+    run = math.ceil(len(values) / min(_MOST, max(10, width - _MARGIN)))
     columns = [sum(chunk) / len(chunk) for chunk in (values[i : i + run] for i in range(0, len(values), run))]
     top, bottom = max(columns), min(0.0, *columns)
     span = (top - bottom) or 1.0

@@ -14,14 +14,19 @@ TIMELINE_LEGEND = (
     "+: several launches   space: idle"
 )
 
+_MARGIN = 13
+"""Columns beside the steps."""
+_MOST = 100
+"""Steps of one line."""
 
-def timeline(plan: Plan, *, width: int = 100) -> str:
-    """One line per rank, one character per step, folded at `width` steps; patterns by letter on top."""
+
+def timeline(plan: Plan, *, width: int = _MOST + _MARGIN) -> str:
+    """One line per rank, one character per step, in blocks that `width` columns hold; patterns by letter on top."""
     steps = [plan.pattern(name) for name in representative_steps(plan.schedule)]
     alphabet = letters(pattern.name for pattern in plan.patterns)
-    lines = []
-    for start in range(0, len(steps), width):
-        chunk = steps[start : start + width]
+    lines, at_once = [], min(_MOST, max(10, width - _MARGIN))
+    for start in range(0, len(steps), at_once):
+        chunk = steps[start : start + at_once]
         lines.append(f"{'step ' + str(start):>10} │{strip([p.name for p in chunk], alphabet)}│")
         lines += [f"{'rank ' + str(rank):>10} │{_rank_line(chunk, rank)}│" for rank in range(plan.world_size)]
     return "\n".join(lines)

@@ -23,6 +23,8 @@ NO_WORK = [
     (["plan", "{profile}", "--min-psnr", "30", "-o", "{here}/none/plan.json"], 1, "does not exist"),
     (["plan", "{profile}", "--min-psnr", "30", "-o", "{here}"], 1, "is a folder"),
     (["show", "{here}/none.json"], 1, "no such file"),
+    (["show", "{here}/" + 300 * "n"], 1, "File name too long"),
+    (["plan", "{profile}", "--min-psnr", "30", "--steps", "1" + 20 * "0"], 2, "can be used for about"),
     (["run", "{exact}", "bundled:unet", "--prompt", "a cat", "-o", "{here}/image.gif"], 2, "no image format"),
     (["run", "{exact}", "bundled:unet", "--prompt", " ", "-o", "{here}/image.png"], 2, "empty --prompt"),
     (["run", "{exact}", "bundled:unet", "--prompt", "a cat", "-o", "{here}/none/image.png"], 1, "does not exist"),

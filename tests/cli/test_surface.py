@@ -87,3 +87,15 @@ def test_the_package_is_the_command_line_too():
     assert "0.1" in told.stdout
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: ")
+
+
+def test_help_prints_every_default(hybridiff, monkeypatch):
+    """Square brackets in a help text are markup to the printer: what they hold would be lost."""
+    monkeypatch.setenv("COLUMNS", "300")
+    for name, command in typer.main.get_command(app).commands.items():
+        printed = hybridiff(name, "--help").out
+        for parameter in command.params:
+            assert "[" not in (getattr(parameter, "help", None) or ""), f"{name}: {parameter.name}"
+        if name == "profile":
+            assert "[default: (50)]" in printed
+            assert "[default: (float32 on cpu, float16 on cuda)]" in printed

@@ -223,3 +223,26 @@ def test_data_is_frozen_and_copies_forget_what_was_remembered() -> None:
     assert profile.guidance.mean == pytest.approx((0.3, 0.2, 0.1))
     assert profile.costs.stage_seconds("nested", (0,), 1) == 0.45
     assert profile.costs.stage_seconds("nested", (1,), 1) is None
+
+
+@pytest.mark.parametrize(("field", "value", "message"), [
+    (("costs", "layers", "1", 0), -1.0, r"costs\.layers\.1\.0: Input should be greater than or equal to 0"),
+    (("costs", "layers"), {}, "costs.layers"),
+    (("errors", 0, "curves", 0, "rmse", 0, 0), -1e-3, r"errors\.0\.curves\.0\.rmse\.0\.0"),
+    (("errors", 0, "curves", 0, "rmse"), [[]] * 3, "must have 3 rows of equal length"),
+    (("partitions", 0, "name"), "other", "expects partition"),
+    (("patterns", 0, "stages"), 10**9, "reads u1 fresh, which no unit computes"),
+    (("num_steps",), 10**12, "num_steps: Input should be less than or equal to 10000"),
+    (("guidance", "rel_mae"), [], "guidance curves must have 3 steps, of one prompt or more"),
+    (("redundancy",), {"change": {"nothing": [0.1] * 2}}, "redundancy of 'nothing', which is no value of the graph"),
+    (("model", "name"), "\ud800", "surrogates not allowed"),
+])
+def test_profiles_with_impossible_fields_are_refused_by_name(field: tuple, value: object, message: str) -> None:
+    """Each of them once led to a plan of wrong numbers, or to an error deep inside the planner or the tables."""
+    document = json.loads(make_profile().model_dump_json())
+    place = document
+    for key in field[:-1]:
+        place = place[key]
+    place[field[-1]] = value
+    with pytest.raises(InputError, match=message):
+        Profile.parse(json.dumps(document))

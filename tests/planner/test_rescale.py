@@ -143,10 +143,12 @@ def test_trends_of_longer_steps_look_further_back(steps: int) -> None:
     [
         ({"num_steps": 2}, "got 2 steps; a schedule needs at least 3"),
         ({"num_steps": 4, "strength": 0.2}, "got 0 steps"),
-        ({"num_steps": 9}, "got steps 5.6 times as long"),
+        ({"num_steps": 9}, "got 9 steps; a profile of 50 steps can be used for about 10 to 200"),
         ({"strength": 1.2}, "got strength=1.2"),
         ({"noise_levels": [0.9, 0.95, 0.1]}, "must decrease"),
         ({"noise_levels": []}, "must decrease"),
+        ({"noise_levels": [0.9, 0.5, 0.1]}, "times as far apart as those of the profile"),
+        ({"num_steps": 10**20}, "got 100000000000000000000 steps"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict, message: str) -> None:

@@ -33,9 +33,9 @@ EXACT = Row(name="branch", ranks=2, steps=4, patterns={"branch": 4}, max_abs_dif
 RESULTS = Results(device="a CPU", models={"unet": ModelResults(rows=(EXACT, ROW))})
 
 
-def printed(*parts):
+def printed(*parts, width=160):
     stream = io.StringIO()
-    console = Console(file=stream, width=160)
+    console = Console(file=stream, width=width)
     for part in parts:
         console.print(part)
     return stream.getvalue()
@@ -91,7 +91,7 @@ def test_text_plot():
     assert [line[:14].rstrip() for line in plot.splitlines()[:3]] == [
         "        2 ┤  •", "        1 ┤ •", "        0 ┤•",
     ]
-    assert len(text_plot(list(range(1000)), width=50).splitlines()[-2]) == 11 + 50
+    assert len(text_plot(list(range(1000)), width=61).splitlines()[-2]) == 61
     assert text_plot([]) == "(no values)"
     assert "•••" in text_plot([0.0, 0.0, 0.0])
 
@@ -106,6 +106,15 @@ def test_timeline_shows_what_each_rank_does(profile, cheap_plan):
     assert top.partition("│")[2] == "Bc.B│"
     assert first.partition("│")[2] == "u0 u│"
     assert second.partition("│")[2] == "c1 c│"
+
+
+def test_timeline_and_plot_keep_their_columns_in_narrow_terminals(cheap_plan):
+    plan = cheap_plan.with_steps(("branch",) * 90)
+    for width in (40, 60, 80):
+        lines = printed(*describe_plan(plan), width=width).splitlines()
+        blocks = [line.partition("│")[2] for line in lines if "rank 1 │" in line]
+        assert sum(len(block) - 1 for block in blocks) == 90
+        assert len(blocks) == -(-90 // (width - 13))
 
 
 def test_descriptions_hold_the_tables(profile, cheap_plan, exact_plan):
