@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, cast
 
 import typer
 
 from ..ir import UsageError
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from ..report.results import BenchModel, BenchResults
 
 __all__ = ["command"]
 
@@ -65,6 +60,7 @@ def command(
             return
         from ..ir import Profile
         from ..quality.bench import Bench, bench_results, default_rows
+        from ..report import bench_tables
 
         profiles = {known.model.name: known for known in map(Profile.load, profile or ())}
         if unknown := set(profiles) - set(models):
@@ -83,7 +79,7 @@ def command(
         results = bench_results(benches, device=device, gpus=gpus, seed=seed, random_weights=random_weights)
         if output is not None:
             results.save(output)
-        out.result(*_tables(results), machine=results.to_json)
+        out.result(*bench_tables(results), machine=results.to_json)
 
 
 def _load(model: str, random_weights: bool, device: str, pixels: int, seed: int) -> tuple[Any, dict[str, Any]]:
@@ -105,31 +101,3 @@ def _load(model: str, random_weights: bool, device: str, pixels: int, seed: int)
     options = call_options(loaded, pixels, pixels) | {"output_type": "latent", "guidance_scale": loaded.guidance_scale}
     prompt = loaded.held_out_prompts[0] if loaded.held_out_prompts else "a photograph"
     return loaded.pipe, options | {"prompt": prompt, "generator": torch.Generator().manual_seed(seed)}
-
-
-def _tables(results: BenchResults) -> list[Table]:
-    return [_table(name, model, results) for name, model in results.models.items()]
-
-
-def _table(name: str, model: BenchModel, results: BenchResults) -> Table:
-    from ..report import plain_table
-
-    weights = ", random weights: latency only" if results.random_weights else ""
-    table = plain_table(
-        f"{name} on {results.device}{weights}", "row", "pixels", "steps", "loop s", "predicted", "vs strong",
-        "vs eager", "overhead", "end to end s", "KiB/step", "peak GiB", "predicted",
-    )
-    for row in model.rows:
-        table.add_row(
-            row.name, str(row.pixels), str(row.steps), f"{row.loop_s:.3f}", _form(row.predicted_s, "{:.3f}"),
-            _form(row.speedup_vs_strong, "{:.2f}x"),
-            _form(row.speedup_vs_eager, "{:.2f}x"), _form(row.overhead_fraction, "{:.1%}"),
-            _form(row.end_to_end_s, "{:.3f}"),
-            _form(None if row.bytes_per_step is None else row.bytes_per_step / 1024, "{:.0f}"),
-            _form(row.peak_gib, "{:.1f}"), _form(row.predicted_peak_gib, "{:.1f}"),
-        )
-    return table
-
-
-def _form(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ..quality.bench_decode import DecodeResults
     from .output import Output
 
-__all__ = ["run_decode_bench"]
+__all__ = ["decode_tables", "run_decode_bench"]
 
 
 def run_decode_bench(
@@ -36,7 +36,7 @@ def run_decode_bench(
     results = decode_results(benches, device=device, seed=seed, random_weights=random_weights)
     if output is not None:
         results.save(output)
-    out.result(*_tables(results), machine=results.to_json)
+    out.result(*decode_tables(results), machine=results.to_json)
 
 
 def _load(
@@ -69,7 +69,8 @@ def _load(
     return vae, latents.to(parameter.device, parameter.dtype)
 
 
-def _tables(results: DecodeResults) -> list[Table]:
+def decode_tables(results: DecodeResults) -> list[Table]:
+    """One table per model."""
     from ..report import plain_table
 
     weights = ", random weights: latency only" if results.random_weights else ""

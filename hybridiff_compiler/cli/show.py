@@ -9,9 +9,12 @@ import typer
 
 __all__ = ["command"]
 
+_OTHER = "{}: is no profile, plan or result of demo or bench; these are the files that show prints"
+
 
 def command(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A profile, a plan, a bundle, or the JSON of a demo.")],
+    file: Annotated[Path, typer.Argument(
+        metavar="FILE", help="A profile, a plan, a bundle, or the JSON of demo or bench.")],
     other: Annotated[Path | None, typer.Argument(
         metavar="OTHER", help="With two profiles: print what changed from FILE to OTHER.")] = None,
     profile: Annotated[Path | None, typer.Option(
@@ -36,7 +39,7 @@ def _read(file: Path) -> tuple[list[Any], Any]:
         InputError: the file is missing, damaged, or none of the known kinds.
     """
     from ..ir import InputError, Plan, Profile
-    from ..report import Results, describe_plan, describe_profile, results_table
+    from ..report import BenchResults, Results, bench_tables, describe_plan, describe_profile, results_table
 
     if file.is_dir():
         from ..bundle import Bundle
@@ -52,11 +55,20 @@ def _read(file: Path) -> tuple[list[Any], Any]:
     if kind == "plan":
         plan = Plan.load(file)
         return describe_plan(plan), plan.model_dump(mode="json")
+    if "gpus" in payload and "models" in payload:
+        bench = BenchResults.parse(payload, source=str(file))
+        return list(bench_tables(bench)), bench.to_json()
+    if "versions" in payload and "models" in payload:
+        from ..quality.bench_decode import DecodeResults
+        from .bench_decode import decode_tables
+
+        decode = DecodeResults.parse(payload, source=str(file))
+        return list(decode_tables(decode)), decode.to_json()
     if "schema" in payload and "models" in payload:
         results = Results.parse(payload, source=str(file))
         tables = [results_table(f"{name} on {results.device}", rows) for name, rows in results.models.items()]
         return list(tables), results.to_json()
-    raise InputError(f"{file}: is no profile, plan or demo result; give a JSON file that hybridiff wrote")
+    raise InputError(_OTHER.format(file))
 
 
 def _compared(file: Path, other: Path) -> tuple[list[Any], Any]:
@@ -96,10 +108,10 @@ def _payload(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InputError(f"{file}: no such file; give a profile, a plan, or the JSON of a demo") from None
+        raise InputError(f"{file}: no such file; give a profile, a plan, or the JSON of demo or bench") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read: {error}") from None
     payload = parse_json(text, source=str(file), noun="file")
     if not isinstance(payload, dict):
-        raise InputError(f"{file}: is no profile, plan or demo result; give a JSON file that hybridiff wrote")
+        raise InputError(_OTHER.format(file))
     return payload

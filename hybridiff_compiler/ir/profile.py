@@ -58,6 +58,11 @@ class Profile(Document):
                 raise ValueError(
                     f"costs of batch {batch} list {len(seconds)} layers, the graph has {len(self.graph.layers)}"
                 )
+            if not sum(seconds) > 0:
+                raise ValueError(f"costs of batch {batch} say that no layer takes any time")
+        for batch, row in ({} if self.costs.timing is None else self.costs.timing.spread).items():
+            if len(row) != len(self.costs.layers.get(batch, ())):
+                raise ValueError(f"costs.timing.spread of batch {batch} must have an entry for each layer of the costs")
         self._check_tables()
         self._check_curves()
         return self

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..ir import Data, write_text_atomically
 from ..ir.versions import installed_versions
 from ..profiler.session import device_name
+from ..report.results import parsed
 from ..runtime.decode_ranks import DecodeCall, DecodeRank, decoder_to_share
 from ..runtime.decode_worker import DecodeRanks
 from ..runtime.memory import peak_bytes
@@ -73,6 +74,11 @@ class DecodeResults(Data):
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the JSON, atomically."""
         return write_text_atomically(path, self.model_dump_json(indent=1, by_alias=True) + "\n")
+
+    @classmethod
+    def parse(cls, payload: Any, *, source: str) -> DecodeResults:
+        """As `report.Results.parse`."""
+        return parsed(cls, payload, source)
 
 
 def decode_results(

@@ -16,9 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..ir import FixedSchedule, InputError, Plan, Profile, UsageError, check_reads
+from ..ir import FixedSchedule, InputError, Plan, PlanMismatchError, Profile, UsageError, check_reads
 from ..planner import at_steps
 from ..planner.problem import Problem
+from .coverage import check_covered
 from .equal_cost import EqualCostRow, Judge, unmeasured_free
 
 __all__ = ["refine", "refine_plan"]
@@ -50,7 +51,7 @@ def refine_plan(
     Raises:
         UsageError: the plan switches between schedules, or there are no prompts.
         InputError: the plan holds patterns that the profile does not know.
-        PlanMismatchError: the pipeline's calls are not those of the profile.
+        PlanMismatchError: plan, profile and the pipeline's calls are not of one denoiser and size.
     """
     if not isinstance(plan.schedule, FixedSchedule):
         raise UsageError(f"got a plan with a schedule of kind {plan.schedule.kind!r}; only fixed ones can be refined")
@@ -58,6 +59,11 @@ def refine_plan(
         raise UsageError("got no prompts to refine for; give a dozen or more")
     if plan.weights != "whole":
         raise UsageError("got a plan of stage-only weights; only plans of whole weights can be refined")
+    if profile.model.fingerprint != plan.model.fingerprint:
+        raise PlanMismatchError(
+            f"the plan is for {plan.model.name} (layer graph {plan.model.fingerprint[:12]}), the profile for "
+            f"{profile.model.name} ({profile.model.fingerprint[:12]}); give the profile that it was made from"
+        )
     known = at_steps(profile, plan.num_steps)
     problem = Problem(known, plan.world_size, ranks=plan.ranks, extra=unmeasured_free(profile))
     unknown = sorted({*plan.schedule.steps} - problem.by_name.keys())
@@ -69,6 +75,7 @@ def refine_plan(
         pipe, profile, num_steps=plan.num_steps, gpus=plan.world_size, prompts=prompts, batch=batch,
         guidance_scale=guidance_scale, options=options, seed=seed,
     )
+    check_covered(judge.generation, plan, prompts[0])
     steps = plan.schedule.steps
     limit = problem.latency_s(steps) * (1 + 1e-9)
     found = refine(

@@ -62,8 +62,8 @@ def describe_profile(profile: Profile) -> list[RenderableType]:
     parts: list[RenderableType] = [
         _heading(f"profile of {profile.model.name} ({profile.model.denoiser}, {profile.model.dtype}, "
                  f"{profile.model.parameter_bytes / 2**20:.1f} MiB)"),
-        Text(f"{profile.num_steps} steps of {profile.scheduler}, guidance {profile.guidance_scale:g}, "
-             f"{source.prompts} prompts, seed {source.seed}"),
+        Text(f"{profile.num_steps} steps{f' of {profile.scheduler}' * bool(profile.scheduler)}, "
+             f"guidance {profile.guidance_scale:g}, {source.prompts} prompts, seed {source.seed}"),
         Text(source_line(source)),
         Text("inputs of one branch: " + "; ".join(map(str, profile.model.signature.leaves))),
     ]

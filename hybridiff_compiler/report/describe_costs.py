@@ -23,7 +23,8 @@ _METHODS = {
 def source_line(source: Provenance) -> str:
     """Where, when and how measured or estimated."""
     threads = "" if source.threads is None else f", {source.threads} thread{'s' * (source.threads != 1)} per rank"
-    clocks = f", {source.clocks_mhz['sm']} of {source.clocks_mhz['sm_max']} MHz" if source.clocks_mhz else ""
+    known = source.clocks_mhz
+    clocks = f", {known['sm']} of {known['sm_max']} MHz" if {"sm", "sm_max"} <= known.keys() else ""
     if source.estimated is not None:
         return f"ESTIMATED {source.created} for {source.device}: {source.estimated}"
     return f"measured {source.created} on {source.device}{clocks}, {source.backend}{threads}"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError
 
 from ..ir import Data, InputError, write_text_atomically
 
-__all__ = ["BenchModel", "BenchResults", "BenchRow", "ModelResults", "Results", "Row"]
+__all__ = ["BenchModel", "BenchResults", "BenchRow", "ModelResults", "Results", "Row", "parsed"]
+
+_T = TypeVar("_T", bound=Data)
 
 
 class Row(Data):
@@ -102,6 +104,11 @@ class BenchResults(Data):
         """Write the JSON, atomically."""
         return write_text_atomically(path, self.model_dump_json(indent=1, by_alias=True) + "\n")
 
+    @classmethod
+    def parse(cls, payload: Any, *, source: str) -> BenchResults:
+        """As `Results.parse`."""
+        return parsed(cls, payload, source)
+
 
 class ModelResults(Data):
     """All rows of one model."""
@@ -137,9 +144,14 @@ class Results(Data):
         Raises:
             InputError: it does not have the shape; the message names the first problem.
         """
-        try:
-            return cls.model_validate(payload)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "document"
-            raise InputError(f"{source}: not a valid benchmark result: {where}: {first['msg']}") from None
+        return parsed(cls, payload, source)
+
+
+def parsed(kind: type[_T], payload: Any, source: str) -> _T:
+    """What `Results.parse` does, for results of any kind."""
+    try:
+        return kind.model_validate(payload)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "document"
+        raise InputError(f"{source}: not a valid benchmark result: {where}: {first['msg']}") from None

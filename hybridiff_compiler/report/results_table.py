@@ -1,4 +1,4 @@
-"""Benchmark rows as a table."""
+"""Rows of demo and bench as tables."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
-from .results import ModelResults, Row
+from .results import BenchModel, BenchResults, ModelResults, Row
 from .strip import letters
 from .style import plain_table
 
-__all__ = ["results_table"]
+__all__ = ["bench_tables", "results_table"]
 
 
 def results_table(
@@ -45,3 +45,30 @@ def _number(value: float | None, form: str) -> str:
     if value is None:
         return "-"
     return "0" if value == 0 else form.format(value)
+
+
+def bench_tables(results: BenchResults) -> list[Table]:
+    """One table per model of a run of `hybridiff bench`."""
+    return [_table(name, model, results) for name, model in results.models.items()]
+
+
+def _table(name: str, model: BenchModel, results: BenchResults) -> Table:
+    weights = ", random weights: latency only" if results.random_weights else ""
+    table = plain_table(
+        f"{name} on {results.device}{weights}", "row", "pixels", "steps", "loop s", "predicted", "vs strong",
+        "vs eager", "overhead", "end to end s", "KiB/step", "peak GiB", "predicted",
+    )
+    for row in model.rows:
+        table.add_row(
+            row.name, str(row.pixels), str(row.steps), f"{row.loop_s:.3f}", _form(row.predicted_s, "{:.3f}"),
+            _form(row.speedup_vs_strong, "{:.2f}x"),
+            _form(row.speedup_vs_eager, "{:.2f}x"), _form(row.overhead_fraction, "{:.1%}"),
+            _form(row.end_to_end_s, "{:.3f}"),
+            _form(None if row.bytes_per_step is None else row.bytes_per_step / 1024, "{:.0f}"),
+            _form(row.peak_gib, "{:.1f}"), _form(row.predicted_peak_gib, "{:.1f}"),
+        )
+    return table
+
+
+def _form(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)

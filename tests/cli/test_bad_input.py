@@ -124,7 +124,7 @@ def test_a_model_that_was_edited(hybridiff, files, tmp_path):
 def test_show_of_something_else(hybridiff, tmp_path, text):
     file = tmp_path / "file.json"
     file.write_text(text)
-    assert "is no profile, plan or demo result" in hybridiff("show", file).error
+    assert "is no profile, plan or result of demo or bench" in hybridiff("show", file).error
 
 
 def test_a_hub_id_that_cannot_be_reached(hybridiff, files, tmp_path):

@@ -126,3 +126,19 @@ def test_costs_of_an_architecture_and_its_estimate(hybridiff, tmp_path):
         "profile", "pixart-tiny", *common, "--estimate", "rtx3090", "--fit", measured, "-o", estimate).error
     assert "add --costs-only" in hybridiff("profile", "sd3-tiny", "--random-weights", "-o", measured).error
     assert "add --estimate" in hybridiff("profile", "bundled:unet", "--fit", measured, "-o", estimate).error
+
+
+@pytest.mark.parametrize("name", ["bench.json", "bench-2048.json", "decode.json"])
+def test_show_prints_what_bench_wrote(hybridiff, name):
+    from hybridiff_compiler.cli.shipped import profiles_root
+
+    file = profiles_root() / "nvidia-h200-x2" / name
+    ran = hybridiff("show", file)
+    assert (ran.code, ran.err) == (0, "")
+    assert "sdxl on NVIDIA H200, random weights: latency only" in ran.out
+    assert json.loads(hybridiff("show", file, "--json").out) == json.loads(file.read_text())
+
+
+def test_show_says_what_it_prints(hybridiff, tmp_path):
+    (tmp_path / "report.json").write_text('{"psnr_db": 3}')
+    assert "is no profile, plan or result of demo or bench" in hybridiff("show", tmp_path / "report.json").error

@@ -9,7 +9,7 @@ from planner.profiles import make_profile
 
 import hybridiff_compiler as hc
 from hybridiff_compiler import reference_models
-from hybridiff_compiler.ir import UsageError
+from hybridiff_compiler.ir import PlanMismatchError, UsageError
 from hybridiff_compiler.quality.equal_cost import EqualCostRow, Judge
 from hybridiff_compiler.quality.refine import refine
 
@@ -65,3 +65,12 @@ def test_what_cannot_be_refined_is_refused() -> None:
         hc.refine_plan(hc.plan(profile, gpus=2, policy="paper"), profile, None, prompts=["a cat"])
     with pytest.raises(UsageError, match="got no prompts"):
         hc.refine_plan(hc.plan(profile, gpus=2, speedup=4), profile, None, prompts=[])
+
+
+def test_plans_of_another_profile_or_pipeline_are_refused_before_any_image() -> None:
+    unet, mmdit = (hc.Profile.load(PROFILES / f"{name}.json") for name in ("unet", "mmdit"))
+    plan = hc.plan(unet, policy="exact")
+    with pytest.raises(PlanMismatchError, match="give the profile that it was made from"):
+        hc.refine_plan(plan, mmdit, None, prompts=["cat"])
+    with pytest.raises(PlanMismatchError, match="was made for a UNet2DConditionModel"):
+        hc.refine_plan(plan, unet, reference_models.load("mmdit"), prompts=["cat"])
