@@ -160,7 +160,7 @@ def _db(problem: Problem, error: float | None) -> float | None:
 
 
 def _runs(problem: Problem, steps: tuple[str, ...]) -> tuple[CheapRun, ...]:
-    exact, total = problem.exact.name, problem.error(steps)
+    exact, total = problem.exact_of(steps), problem.error(steps)
     runs, start = [], 0
     for is_exact, group in groupby(steps, key=lambda name: problem.by_name[name].is_exact):
         names = list(group)

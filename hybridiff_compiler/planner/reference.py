@@ -18,7 +18,7 @@ def alternating_plan(profile: Profile, plan: Plan, cheap: str = "reuse") -> Plan
     problem = Problem(profile, plan.world_size, ranks=plan.ranks)
     if cheap not in problem.by_name:
         raise UsageError(f"got pattern {cheap!r}, which the profile does not know; choose from {list(problem.by_name)}")
-    exact = problem.exact.name
+    exact = _exact_of(problem, plan)
     wanted = profile.num_steps * problem.costs[problem.single.name].ideal_s / _ideal_speedup(plan)
     candidates = [
         alternating_steps(profile.num_steps, count, exact, cheap) for count in range(max(0, profile.num_steps - 2) + 1)
@@ -49,8 +49,13 @@ def fewer_steps(profile: Profile, plan: Plan) -> int:
         UsageError: the plan has no prediction.
     """
     problem = Problem(profile, plan.world_size, ranks=plan.ranks)
-    single, exact = (problem.costs[pattern.name].ideal_s for pattern in (problem.single, problem.exact))
+    single, exact = (problem.costs[name].ideal_s for name in (problem.single.name, _exact_of(problem, plan)))
     return max(1, round(profile.num_steps * single / _ideal_speedup(plan) / exact))
+
+
+def _exact_of(problem: Problem, plan: Plan) -> str:
+    """The exact steps of the plan, where the profile knows them."""
+    return plan.exact if plan.exact in problem.by_name else problem.exact.name
 
 
 def _ideal_speedup(plan: Plan) -> float:

@@ -89,6 +89,17 @@ def test_ranks_with_their_own_stages_are_compared_with_what_they_can_run(profile
     assert all(trade.latency_ms >= 1e3 * fastest - 1e-6 for trade in found.trades)
 
 
+def test_runs_are_compared_with_the_exact_steps_of_the_plan(profile: Profile) -> None:
+    """With a rank this slow, exact steps are those of the other one alone."""
+    made = plan(profile, min_psnr=28, speeds=(1.0, 0.1))
+    assert made.exact == "single"
+    problem = Problem(profile, 2, ranks=made.ranks)
+    for run in explain(profile, made).runs:
+        cheap = sum(count * problem.costs[name].latency_s for name, count in run.patterns.items())
+        exact = (run.stop - run.start) * problem.costs["single"].latency_s
+        assert run.saved_ms == pytest.approx(1e3 * (exact - cheap))
+
+
 def test_neighbours_fit_the_memory_of_the_ranks(profile: Profile) -> None:
     limit = max(plan(profile, policy="exact").predictions.peak_bytes)
     made = plan(profile, min_psnr=40, memory_bytes=limit)

@@ -432,3 +432,13 @@ def test_the_published_window_has_two_stages() -> None:
         assert any(pattern.name == "paper:linear4" for pattern in profile.patterns)
         for gpus in (1, 2, 4):
             assert paper_window(profile, gpus).stages == 2
+
+
+def test_simpler_schedules_have_the_exact_steps_of_the_plan(profile: Profile) -> None:
+    """Where the second rank is too slow to help, at the cost of steps on the first one."""
+    made = plan(profile, min_psnr=30, speeds=(1, 0.1))
+    simple = alternating_plan(profile, made)
+    assert simple.exact == made.exact == "single"
+    assert set(simple.schedule.patterns) == {"single", "reuse"}
+    assert simple.predictions.ideal_speedup == pytest.approx(made.predictions.ideal_speedup, rel=0.1)
+    assert fewer_steps(profile, made) == round(profile.num_steps / made.predictions.ideal_speedup)
