@@ -74,7 +74,7 @@ def profile(
         **options: further keyword arguments of the pipeline call (height, width, negative_prompt, ...).
 
     Raises:
-        UsageError: no prompts, a number of steps below 3, or a number of GPUs out of range.
+        UsageError: no prompts, a number of steps below 3, or a number of GPUs or processes out of range.
         InputError: the pipeline makes no guided calls, has no decoder, or its scheduler is stochastic.
         PlanMismatchError: `errors_from` or `cuts_from` is not for these generations, or `partial` is of another
             session.
@@ -84,12 +84,15 @@ def profile(
     from .planner.worlds import check_gpus
     from .profiler import ErrorSettings, Generation, ProfileSession
     from .profiler.grid import FULL, QUICK, THINNED
+    from .profiler.processes import check_count
     from .runtime.intercept import find_denoiser
 
     if num_inference_steps < 3:
         raise UsageError(f"got {num_inference_steps} steps; a schedule needs at least 3")
     if quick and full:
         raise UsageError("got quick and full; give one of them")
+    if helpers is not None:
+        check_count("helpers", helpers)
     worlds = tuple(gpus)
     for world in worlds:
         check_gpus(world)
@@ -193,7 +196,7 @@ def profile_costs(
         **options: further keyword arguments of the pipeline call.
 
     Raises:
-        UsageError: a bare denoiser without `call`, or a number of GPUs out of range.
+        UsageError: a bare denoiser without `call`, or a number of GPUs or processes out of range.
         InputError: the denoiser cannot be captured, or the pipeline makes no guided call.
         WorkerError: a rank failed while links were measured.
     """
@@ -205,8 +208,10 @@ def profile_costs(
     from .planner.worlds import check_gpus
     from .profiler import Generation
     from .profiler.costs_only import cost_profile, costs_of_pipeline
+    from .profiler.processes import check_count
     from .runtime.intercept import find_denoiser
 
+    check_count("jobs", jobs)
     worlds = tuple(gpus)
     for world in worlds:
         check_gpus(world)

@@ -9,11 +9,28 @@ import sys
 import tempfile
 from typing import Any
 
+from ..ir import UsageError
+from ..runtime.ahead import own_cores
 from ..runtime.processes import import_path, read_frame, working_directory, write_frame
 
-__all__ = ["Process"]
+__all__ = ["Process", "check_count"]
 
 _TAIL_BYTES = 2000
+_MOST_PER_CORE = 4
+
+
+def check_count(name: str, count: int) -> None:
+    """
+    Args:
+        name: what the caller calls the number.
+        count: of processes, each of which takes a few hundred MiB.
+
+    Raises:
+        UsageError: it is negative, or would only exhaust this machine.
+    """
+    most = max(8, _MOST_PER_CORE * own_cores())
+    if not 0 <= count <= most:
+        raise UsageError(f"got {name}={count}; on this machine of {own_cores()} cores it must be between 0 and {most}")
 
 
 class Process:

@@ -38,6 +38,7 @@ NO_WORK = [
     (["profile", "bundled:unet", "-o", "{here}/p.json", "--prompts", "{empty}"], 1, "holds no prompts"),
     (["profile", "bundled:unet", "-o", "{here}/p.json", "--prompts", "{here}/none.txt"], 1, "no such file"),
     (["profile", "bundled:unet", "-o", "{here}/p.json", "--steps", "1"], 2, "'--steps'"),
+    (["profile", "bundled:unet", "-o", "{here}/p.json", "--costs-only", "--jobs", "10000"], 2, "got jobs=10000"),
     (["verify", "{exact}", "bundled:unet", "-o", "{here}/none/r.json"], 1, "does not exist"),
     (["demo", "--models", "sdxl", "--out", "{here}/out"], 2, "allowed: unet, mmdit"),
     (["demo", "--models", ",", "--out", "{here}/out"], 2, "got no models"),
