@@ -69,6 +69,13 @@ def find_denoiser(pipe: Any) -> tuple[str, nn.Module]:
         for name, module in pipe.components.items()
         if isinstance(module, nn.Module) and "timestep" in inspect.signature(type(module).forward).parameters
     ]
+    wrapped = [name for name, module in pipe.components.items() if hasattr(module, "_orig_mod")]
+    if not found and wrapped:
+        raise InputError(
+            f"the {wrapped[0]} of {type(pipe).__name__} is what torch.compile made of a module; give the pipeline the "
+            f"module itself (pipe.{wrapped[0]} = pipe.{wrapped[0]}._orig_mod): the stage graphs of a plan are compiled "
+            "from that"
+        )
     if len(found) != 1:
         names = [name for name, _ in found] or "none"
         raise InputError(
@@ -99,10 +106,13 @@ def intercept(
 
     _, denoiser = find_denoiser(pipe)
     watcher = _Watcher(pipe, denoiser, handler, settle)
+    call = watcher.call
+    if denoiser._compiled_call_impl is not None:  # by `denoiser.compile()`: dynamo would trace the handler, too
+        call = torch.compiler.disable(call)
 
     class RouteToHandler(ModelHook):
         def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return watcher.call(self.fn_ref.original_forward, args, kwargs)
+            return call(self.fn_ref.original_forward, args, kwargs)
 
     registry = HookRegistry.check_if_exists_or_initialize(denoiser)
     registry.register_hook(RouteToHandler(), _HOOK)

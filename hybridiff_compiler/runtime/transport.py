@@ -25,6 +25,10 @@ __all__ = ["Channel", "Incoming", "Layout", "PeerError", "Transport", "allocate"
 
 _ALIGNMENT = 64
 _FOREVER = timedelta(days=3650)
+_CONNECTING = timedelta(seconds=30)
+"""All ranks have said that they connect now."""
+_TRANSFERRING = timedelta(minutes=10)
+"""Of one piece of the weights."""
 
 
 class Channel(IntEnum):
@@ -250,6 +254,8 @@ def _gloo_group(store: dist.Store, rank: int, world_size: int, one_host: bool) -
         group.create_device(hostname="127.0.0.1") if one_host
         else group.create_device(interface=interface) if interface else group.create_default_device()
     ]
-    options._timeout = timedelta(minutes=10)
+    options._timeout = _CONNECTING  # a rank that died meanwhile is not noticed earlier
     options._threads = 1
-    return dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, world_size, options)
+    connected: Any = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, world_size, options)
+    connected._set_default_timeout(_TRANSFERRING)
+    return connected

@@ -9,6 +9,8 @@ from hybridiff_compiler.ir import InputError
 from hybridiff_compiler.runtime.intercept import find_denoiser, intercept
 from hybridiff_compiler.runtime.scheduler_watch import tell_first_step
 
+from .tiny import TinyPipeline
+
 
 class Log:
     """Counts what it is asked and answers with the latents."""
@@ -187,3 +189,18 @@ def test_timesteps_that_are_not_the_scheduler_s_own_are_not_told(bench, change):
         finally:
             bench.denoiser.forward = routed
     assert log.told == [None] * 3
+
+
+def test_a_compiled_denoiser():
+    """Dynamo must not trace what stands in its place, and a wrapper has no forward to look at."""
+    pipe, log = TinyPipeline(), Log()
+    pipe.denoiser.compile(backend="eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with intercept(pipe, log):
+        pipe(num_inference_steps=3)
+    assert log.starts
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+    pipe.denoiser = torch.compile(pipe.denoiser)
+    with pytest.raises(InputError, match=r"what torch.compile made .*_orig_mod"):
+        find_denoiser(pipe)

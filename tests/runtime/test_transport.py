@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from hybridiff_compiler.ir import CallSignature, LeafSpec
+from hybridiff_compiler.runtime import transport
 from hybridiff_compiler.runtime.orders import MAX_MISSED, Order, OrderInbox, OrderOutbox
 from hybridiff_compiler.runtime.transport import Channel, Layout, PeerError, Transport
 
@@ -38,6 +40,29 @@ def pair() -> Iterator[tuple[Transport, Transport]]:
     yield found[0], found[1]
     found[0].close()
     found[1].close()
+
+
+def test_a_peer_that_never_connects_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "_CONNECTING", timedelta(seconds=0.5))
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError):
+        Transport(dist.HashStore(), 0, 2, timeout_s=1.0)
+    assert time.monotonic() - begin < 60
+
+
+def test_transfers_have_longer_than_connecting(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Weights take a while."""
+    monkeypatch.setattr(transport, "_CONNECTING", timedelta(seconds=2))
+    first, second = request.getfixturevalue("pair")
+    received = torch.zeros(8, dtype=torch.uint8)
+    waiting = threading.Thread(target=second.broadcast, args=([received],))
+    waiting.start()
+    time.sleep(2.5)
+    first.broadcast([torch.ones(8, dtype=torch.uint8)])
+    waiting.join()
+    assert bool(received.all())
 
 
 def inputs(step: int, text: torch.Tensor) -> dict:
