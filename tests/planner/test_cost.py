@@ -94,7 +94,7 @@ def test_fresh_reads_across_ranks_wait() -> None:
 
 def test_missing_costs_are_named() -> None:
     with pytest.raises(InputError, match="no layer costs for 1 branch"):
-        step_cost(profile_with(layers={}), pattern("branch"))
+        step_cost(profile_with(layers={2: LAYERS}), pattern("branch"))
 
 
 def test_slower_ranks_take_longer_and_bound_the_step() -> None:
