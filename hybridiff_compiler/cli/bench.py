@@ -43,11 +43,14 @@ def command(
     json_mode: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Time the denoising loop of MODELs: as it comes, compiled on one GPU, and by plans on several."""
-    from .calls import check_device
+    from .calls import check_backend, check_device
     from .files import check_writable
     from .output import opened
 
     check_device(device)
+    check_backend(backend)
+    if trace is not None and device != "cuda":
+        raise UsageError("traces are recorded on GPUs; drop --trace, or measure with --device cuda")
     check_writable(output)
     with opened(json_mode) as out:
         if decode:

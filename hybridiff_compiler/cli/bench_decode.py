@@ -45,14 +45,13 @@ def _load(
     """The VAE, and random latents for an image of this height and width."""
     import torch
 
-    from ..capture.call import dtype_from_name
     from ..ir import InputError, UsageError
     from ..quality.architectures import random_vae
     from ..runtime.decode_ranks import decode_dtype
-    from .models import load_model
+    from .models import load_model, weights_dtype
 
     torch.manual_seed(seed)
-    wanted = None if dtype is None else dtype_from_name(dtype)
+    wanted = None if dtype is None else weights_dtype(device, dtype)
     if random_weights:
         vae: Any = random_vae(model, device=device, dtype=wanted)
     else:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from ..ir import UsageError
 from .models import LoadedModel
 
-__all__ = ["call_options", "check_device"]
+__all__ = ["call_options", "check_backend", "check_device", "check_finite"]
 
 DEVICES = ("cpu", "cuda")
 
@@ -26,3 +27,24 @@ def check_device(device: str) -> None:
     """
     if device not in DEVICES:
         raise UsageError(f"got device {device!r}; choose from {', '.join(DEVICES)}")
+
+
+def check_backend(backend: str | None) -> None:
+    """Refuse, before anything is measured, a backend that runs no stage graphs (None: the default).
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if backend not in (None, "eager", "inductor"):
+        raise UsageError(f"got backend {backend!r}; choose from eager, inductor")
+
+
+def check_finite(**options: float | None) -> None:
+    """Refuse infinities and NaN, which would make images of nothing or comparisons that never fail.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    for name, value in options.items():
+        if value is not None and not math.isfinite(value):
+            raise UsageError(f"got --{name.replace('_', '-')} {value:g}; give a number")

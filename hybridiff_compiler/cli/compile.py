@@ -20,7 +20,8 @@ def command(
     target: Annotated[str | None, typer.Option(
         show_default="this machine's", help="GPU to build for: sm_89 and the like, or CURRENT.")] = None,
     jobs: Annotated[int | None, typer.Option(
-        "--jobs", "-j", min=1, show_default="as cores and memory allow", help="Processes that compile.")] = None,
+        "--jobs", "-j", min=1, max=256, show_default="as cores and memory allow",
+        help="Processes that compile.")] = None,
     json_mode: Annotated[bool, typer.Option("--json", help="Print the manifest as one JSON object.")] = False,
 ) -> None:
     """Compile every stage graph of PLAN for MODEL, so that running it compiles nothing."""

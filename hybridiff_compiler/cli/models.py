@@ -15,7 +15,7 @@ from ..ir import InputError, UsageError
 if TYPE_CHECKING:
     from ..ir import Plan
 
-__all__ = ["MODEL_HELP", "LoadedModel", "load_for_plan", "load_model"]
+__all__ = ["MODEL_HELP", "LoadedModel", "load_for_plan", "load_model", "weights_dtype"]
 
 MODEL_HELP = "bundled:unet, bundled:mmdit, a local diffusers folder, or a hub id such as owner/name."
 
@@ -83,7 +83,7 @@ def _load_bundled(model: str, device: str, dtype: str | None) -> LoadedModel:
     folder = reference_models.path(name)
     if not any(folder.rglob("*.safetensors")):
         raise InputError(f"{model}: the weights are not installed in {folder}; install the package again")
-    pipe = reference_models.load(name, torch_dtype=_dtype(device, dtype))
+    pipe = reference_models.load(name, torch_dtype=weights_dtype(device, dtype))
     options = dict(reference_models.DEFAULTS[name])
     return LoadedModel(
         name=model, pipe=_on_device(pipe, device), num_inference_steps=options.pop("num_inference_steps"),
@@ -96,8 +96,9 @@ def _load_bundled(model: str, device: str, dtype: str | None) -> LoadedModel:
 def _from_pretrained(model: str, device: str, dtype: str | None, *, local: bool) -> Any:
     from diffusers import DiffusionPipeline
 
+    wanted = weights_dtype(device, dtype)
     try:
-        pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=_dtype(device, dtype), local_files_only=local)
+        pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=wanted, local_files_only=local)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         detail = " ".join(str(error).split())[:300]
         hint = (
@@ -109,14 +110,23 @@ def _from_pretrained(model: str, device: str, dtype: str | None, *, local: bool)
     return _on_device(pipe, device)
 
 
-def _dtype(device: str, dtype: str | None) -> Any:
+def weights_dtype(device: str, dtype: str | None) -> Any:
+    """The torch dtype called `dtype`; default: what a device of this kind computes in.
+
+    Raises:
+        UsageError: it is not one of floating-point numbers.
+        InputError: torch knows no such dtype.
+    """
     import torch
 
     from ..capture.call import dtype_from_name
 
     if dtype is None:
         return torch.float32 if device == "cpu" else torch.float16
-    return dtype_from_name(dtype)
+    found = dtype_from_name(dtype)
+    if not found.is_floating_point:
+        raise UsageError(f"got dtype {dtype!r}; a model has floating-point weights: float32, float16 or bfloat16")
+    return found
 
 
 def _on_device(pipe: Any, device: str) -> Any:

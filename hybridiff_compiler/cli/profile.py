@@ -52,7 +52,8 @@ def command(
     backend: Annotated[str | None, typer.Option(
         show_default="inductor on cuda, eager on cpu", help="What will run the stages: eager or inductor.")] = None,
     jobs: Annotated[int | None, typer.Option(
-        min=0, show_default="up to 8 on cuda", help="With --costs-only: processes that compile and time.")] = None,
+        min=0, max=256, show_default="up to 8 on cuda",
+        help="With --costs-only: processes that compile and time.")] = None,
     max_seconds: Annotated[float | None, typer.Option(
         min=1, help="With --costs-only: build nothing more after this; the profile says what it lacks.")] = None,
     estimate: Annotated[str | None, typer.Option(
@@ -75,7 +76,7 @@ def command(
     """
     from ..api import profile as measure
     from ..ir import Profile, UsageError, is_special
-    from .calls import call_options, check_device
+    from .calls import call_options, check_backend, check_device
     from .files import check_writable
     from .models import load_model
     from .output import opened
@@ -83,6 +84,7 @@ def command(
     from .prompts import choose_prompts
 
     check_device(device)
+    check_backend(backend)
     check_writable(output)
     if random_weights and not costs_only and estimate is None:
         raise UsageError("random weights make no images to judge errors by; add --costs-only")

@@ -32,12 +32,13 @@ def command(
     import math
 
     from ..ir import Plan, Profile
-    from .calls import call_options
+    from .calls import call_options, check_finite
     from .files import check_writable
     from .models import load_for_plan
     from .output import opened
     from .prompts import choose_prompts
 
+    check_finite(guidance_scale=guidance_scale, seconds=seconds)
     check_writable(output)
     with opened(json_mode) as out:
         given, known = Plan.load(plan), Profile.load(profile)

@@ -27,11 +27,13 @@ def command(
 ) -> None:
     """Generate one image of MODEL by PLAN, on as many processes as the plan has ranks."""
     from ..ir import Plan, write_atomically
+    from .calls import check_finite
     from .files import check_image_path, check_writable
     from .models import load_for_plan
     from .output import opened
     from .prompts import choose_prompts
 
+    check_finite(guidance_scale=guidance_scale)
     check_image_path(output)
     check_writable(output)
     (text,) = choose_prompts([prompt], None, default=(), limit=None)

@@ -37,12 +37,13 @@ def command(
 ) -> None:
     """Compare PLAN with the exact run of MODEL on one device: PSNR, SSIM, largest difference, latency."""
     from ..ir import Plan, write_text_atomically
-    from .calls import call_options
+    from .calls import call_options, check_finite
     from .files import check_writable
     from .models import load_for_plan
     from .output import opened
     from .prompts import choose_prompts
 
+    check_finite(guidance_scale=guidance_scale, min_psnr=min_psnr)
     check_writable(output)
     with opened(json_mode) as out:
         if plan.is_dir():

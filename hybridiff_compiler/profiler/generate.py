@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -85,10 +86,15 @@ class Generation:
         generators = [torch.Generator("cpu").manual_seed(self.seed + first + k) for k in range(len(prompts))]
         arguments = {**self._guidance(len(prompts)), **self.options}
         # The first field of a pipeline's output is what it makes: images, frames, ...
-        made: Tensor = self.pipe(
-            prompt=list(prompts), num_inference_steps=self.num_inference_steps, generator=generators,
-            output_type=output_type, **arguments,
-        )[0]
+        try:
+            made: Tensor = self.pipe(
+                prompt=list(prompts), num_inference_steps=self.num_inference_steps, generator=generators,
+                output_type=output_type, **arguments,
+            )[0]
+        except (TypeError, ValueError) as error:
+            if not _refused_at_once(error):
+                raise
+            raise InputError(f"{type(self.pipe).__name__} refuses this call: {error}") from None
         return made
 
     def latents(self, prompts: Sequence[str], handler: StepHandler, first: int = 0) -> Tensor:
@@ -172,6 +178,10 @@ class FirstCall:
         return self.signature, self.call
 
 
+def _refused_at_once(error: Exception) -> bool:
+    """Whether the pipeline found its arguments wrong before it did anything: in its own check, or as unknown ones."""
+    frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+    return frames[-1] == "check_inputs" or (isinstance(error, TypeError) and len(frames) <= 2)
 
 
 def _median_gap(times: Sequence[float]) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..backends.cuda_graph import Recorder, recorder_for
 from ..backends.kept import Moment
 from ..capture import CapturedDenoiser
-from ..ir import Branch, Plan, PlanMismatchError, Segment
+from ..ir import Branch, InputError, Plan, PlanMismatchError, Segment
 from .branch_calls import capture_branch, scale_signature
 from .exchange import Exchange, Flow, Message, Slot
 from .segments import SegmentRunner, is_bundle, stored_graphs
@@ -29,7 +29,15 @@ def capture_for(plan: Plan, denoiser: nn.Module) -> CapturedDenoiser:
     Raises:
         PlanMismatchError: the plan was made for another denoiser.
     """
-    captured = capture_branch(denoiser, plan.model.signature)
+    try:
+        captured = capture_branch(denoiser, plan.model.signature)
+    except InputError as error:
+        if type(denoiser).__name__ == plan.model.denoiser:
+            raise
+        raise PlanMismatchError(
+            f"the plan was made for {plan.model.name} ({plan.model.denoiser}), this is a {type(denoiser).__name__}: "
+            f"{error}; profile this model and plan again"
+        ) from None
     fingerprint = captured.layers.fingerprint()
     if fingerprint != plan.model.fingerprint:
         raise PlanMismatchError(
