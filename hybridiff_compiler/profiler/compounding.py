@@ -22,7 +22,7 @@ from scipy.optimize import isotonic_regression, least_squares
 
 from ..ir import Compounding, ScheduleCheck
 
-__all__ = ["Fit", "MeasuredSchedule", "fit_compounding", "fit_schedules"]
+__all__ = ["Fit", "MeasuredSchedule", "fit_schedules", "rising_knots"]
 
 _WIDTH_DB = 2.5
 """Schedules whose raw values are closer than this share a knot."""
@@ -99,27 +99,11 @@ def fit_schedules(measured: Sequence[MeasuredSchedule]) -> Fit:
     return Fit(
         weights={group: float(f"{weight:.4g}") for group, weight in zip(groups, model.weights)},
         compounding=Compounding(
-            knots=_knots(raw, model.level(means, blocks), model.predict(table), planned),
+            knots=rising_knots(raw, model.level(means, blocks), model.predict(table), planned),
             residual_db=_rounded(_left_out_residual(table, means, blocks, planned if planned.any() else ~planned)),
             prompt_std_db=_rounded(float(np.mean(known or [0.0]))), prompts=prompts, schedules=len(measured),
             checks=checks,
         ),
-    )
-
-
-def fit_compounding(raw: Sequence[float], measured: Sequence[Sequence[float]]) -> Compounding:
-    """The curve alone, from raw values (`-20 log10(summed error)`) and PSNRs in dB of each schedule per prompt."""
-    if not raw:
-        return Compounding()
-    x, y = np.asarray(raw, dtype=float), np.array([np.mean(row) for row in measured])
-    curve = Compounding(knots=_knots(x, y))
-    residuals = y - np.array([curve.psnr_db(10 ** (-value / 20)) for value in x])
-    return Compounding(
-        knots=curve.knots,
-        residual_db=_rounded(float(np.sqrt(np.mean(residuals**2)))),
-        prompt_std_db=_rounded(float(np.mean([np.std(row) for row in measured]))),
-        prompts=len(measured[0]),
-        schedules=len(raw),
     )
 
 
@@ -193,19 +177,25 @@ def _left_out_residual(
     return float(np.sqrt(np.mean(np.square(misses))))
 
 
-def _knots(
-    x: NDArray[np.float64], y: NDArray[np.float64], smooth: NDArray[np.float64] | None = None,
-    solved: NDArray[np.bool_] | None = None,
+def rising_knots(
+    x: NDArray[np.float64], y: NDArray[np.float64], smooth: NDArray[np.float64], solved: NDArray[np.bool_],
 ) -> tuple[tuple[float, float], ...]:
     """Neighbours averaged into knots; isotonic regression takes out what noise makes decrease.
 
-    With `smooth`, knots are drawn towards that curve the more the fewer schedules they have. With `solved`, those count
-    most: plans are made of them, and the planner's choice of what looks best makes their errors larger than they look.
+    Args:
+        x: raw values of the schedules.
+        y: their PSNR, dB.
+        smooth: a smooth curve's PSNR at `x`, towards which knots are drawn the more the fewer schedules they have.
+        solved: which schedules count most: plans are made of such, and the planner's choice of what looks best makes
+            their errors larger than they look.
+
+    Returns:
+        (raw value, PSNR) of every knot, rising in both.
     """
     order = np.argsort(x)
     x, y = x[order], y[order]
-    base = y if smooth is None else smooth[order]
-    planned = np.ones(len(x), dtype=bool) if solved is None or not solved.any() else solved[order]
+    base = smooth[order]
+    planned = solved[order] if solved.any() else np.ones(len(x), dtype=bool)
     count = np.where(planned, 1.0, _RANDOM_SHARE)
     misses = np.where(planned, y - base, np.clip(y - base, -_OUTLIER_DB, _OUTLIER_DB))
     groups: list[list[int]] = [[0]]
@@ -216,9 +206,8 @@ def _knots(
             groups.append([index])
     centres = [float(np.average(x[g], weights=count[g])) for g in groups]
     totals = np.array([count[g].sum() for g in groups])
-    draw = 0.0 if smooth is None else _DRAW
     means = [
-        np.average(base[g], weights=count[g]) + total / (total + draw) * np.average(misses[g], weights=count[g])
+        np.average(base[g], weights=count[g]) + total / (total + _DRAW) * np.average(misses[g], weights=count[g])
         for g, total in zip(groups, totals)
     ]
     heights = isotonic_regression(means, weights=totals).x
