@@ -32,7 +32,8 @@ from .watch import DeviceWatch
 __all__ = ["Driver"]
 
 _CHANGED = (
-    "the denoiser's weights or modules changed after parallelize, which must be called again to run by the plan"
+    "the denoiser's weights or modules changed after parallelize (or their settings, such as FreeU's), which must be "
+    "called again to run by the plan"
 )
 _BUILD_TIMEOUT_S = 600.0
 """Longest time for the workers to build graphs of another batch size; a dead one is noticed at once."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..backends.kept import Moment
 from ..capture import flatten_call, step_parameters
+from ..capture.call import TIMESTEP
 from ..ir import BRANCHES, Branch, CallSignature, InputError
 from .scheduler_watch import SchedulerWatch
 from .two_calls import TwoCalls, differing_shapes
@@ -61,13 +62,14 @@ class StepHandler(Protocol):
 def find_denoiser(pipe: Any) -> tuple[str, nn.Module]:
     """Attribute name and module of the pipeline's denoiser: the component whose forward takes a timestep.
 
+    Of several it is the one that takes no `conditioning_scale`, which is what controls another (ControlNets) have.
+
     Raises:
         InputError: the pipeline has none, or several.
     """
     found = [
-        (name, module)
-        for name, module in pipe.components.items()
-        if isinstance(module, nn.Module) and "timestep" in inspect.signature(type(module).forward).parameters
+        (name, module) for name, module in pipe.components.items()
+        if isinstance(module, nn.Module) and TIMESTEP in inspect.signature(type(module).forward).parameters
     ]
     wrapped = [name for name, module in pipe.components.items() if hasattr(module, "_orig_mod")]
     if not found and wrapped:
@@ -76,6 +78,12 @@ def find_denoiser(pipe: Any) -> tuple[str, nn.Module]:
             f"module itself (pipe.{wrapped[0]} = pipe.{wrapped[0]}._orig_mod): the stage graphs of a plan are compiled "
             "from that"
         )
+    if len(found) > 1:
+        alone = [
+            (name, module) for name, module in found
+            if "conditioning_scale" not in inspect.signature(type(module).forward).parameters
+        ]
+        found = alone or found
     if len(found) != 1:
         names = [name for name, _ in found] or "none"
         raise InputError(
@@ -165,6 +173,10 @@ class _Watcher:
     def _batched(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """Both estimates of a step, one after the other in the batch; None: not covered."""
         if self._step >= self._num_steps:
+            return None
+        if self._step == 1 and not torch.equal(*tensors[self._latents].chunk(2)):
+            # Images of one seed without guidance begin like the two branches of one, and part after the first step.
+            self._covered = False
             return None
         pair = self._run(_split(tensors, tensors[self._latents].shape[0]), tensors[self._timestep])
         if pair is None:

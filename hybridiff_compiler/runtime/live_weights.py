@@ -1,11 +1,12 @@
-"""Whether a denoiser still has the weights that the ranks of a plan were given."""
+"""Whether a denoiser still has the weights and settings that the ranks of a plan were given."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,13 @@ _SAMPLED = 16
 """Elements of every tensor that are compared with what they were."""
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By bytes of an element."""
+_NO_SETTINGS = {"training", "forward", "gradient_checkpointing"}
+_PLAIN = (bool, int, float, str)
 
 
 class LiveWeights:
-    """Where the parameters and buffers of a denoiser lie, which ones they are, and a sample of their values.
+    """Where the parameters and buffers of a denoiser lie, which ones they are, a sample of their values, and the plain
+    settings of its modules, which are constants of the captured graph.
 
     Looked at once per generation, so it does without `nn.Module.parameters`, which takes several times as long.
     """
@@ -29,6 +33,7 @@ class LiveWeights:
         self._tensors = list(_tensors(denoiser))
         self._places = self._where()
         self._key = self._look()
+        self._settings = _settings(denoiser)
         self._spread = [_spread(tensor) for tensor in self._tensors]
         devices = dict.fromkeys(tensor.device for tensor in self._tensors if tensor.is_cuda)
         # Of high priority: what is compared while a step runs shall not wait for that step.
@@ -43,13 +48,16 @@ class LiveWeights:
 
     def have_changed(self) -> bool:
         """Whether a parameter, buffer or submodule was replaced or edited in place (LoRA, offloading, `load`) by when
-        `have_moved` was asked last, which was answered with no.
+        `have_moved` was asked last, which was answered with no; or a setting was (FreeU, scales of adapters, attention
+        processors).
 
         Of some writes no version counter knows: those through `parameter.data`, which is how PEFT fuses a LoRA, through
         numpy, and all to tensors made in inference mode. So some values of every tensor are compared, too, beside what
         the devices have been given to do since.
         """
-        return self._look() != self._key or not self._samples_equal()
+        return (
+            self._look() != self._key or _settings(self._denoiser) != self._settings or not self._samples_equal()
+        )
 
     def _mark(self) -> None:
         for device, event in self._begun.items():
@@ -121,3 +129,33 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
         for tensors in (found._parameters, found._buffers):
             if tensors:
                 yield from (tensor for tensor in tensors.values() if tensor is not None)
+
+
+def _settings(denoiser: nn.Module) -> list[tuple[Any, ...]]:
+    """Classes and plain attributes of all modules and of the objects that they hold, such as attention processors."""
+    return [(type(module), *_own_settings(module.__dict__, 1)) for module in _modules(denoiser)]
+
+
+def _own_settings(attributes: Mapping[str, Any], depth: int) -> Iterator[tuple[str, Any]]:
+    for name, value in attributes.items():
+        # What is None may as well be absent: that is how diffusers takes settings back.
+        if name[0] == "_" or value is None or name in _NO_SETTINGS or isinstance(value, (nn.Module, Tensor)):
+            continue
+        if isinstance(value, (*_PLAIN, list, tuple, dict)):
+            if (plain := _plain(value)) is not None:
+                yield name, plain
+        elif depth and hasattr(value, "__dict__") and not hasattr(value, "__qualname__"):  # neither class nor function
+            yield name, (type(value), *_own_settings(value.__dict__, depth - 1))
+
+
+def _plain(value: Any) -> Any:
+    """A copy of plain values in lists, tuples and dicts; None if there is anything else in it (caches, say)."""
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, (list, tuple)):
+        items = [_plain(item) for item in value]
+        return None if None in items else tuple(items)
+    if isinstance(value, dict):
+        values = {key: _plain(item) for key, item in value.items()}
+        return None if None in values.values() else values
+    return None

@@ -12,6 +12,9 @@ from .waiting import WaitingMethod
 
 __all__ = ["SchedulerWatch", "tell_first_step"]
 
+_ROUNDING = 1 / 128
+"""Relative difference that casting a timestep to bfloat16 may make, twice."""
+
 
 class SchedulerWatch:
     """Hooks of the pipeline's present scheduler, which may be replaced at any time."""
@@ -56,14 +59,18 @@ class SchedulerWatch:
     def begin(self, timestep: Tensor) -> int:
         """Denoiser calls in the generation that begins with this timestep (one read of the device per generation)."""
         timesteps = [float(t) for t in self._scheduler.timesteps.tolist()]
-        first = float(timestep.reshape(-1)[0])
-        # Some pipelines hand the denoiser timesteps between 0 and 1.
-        trained = getattr(getattr(self._scheduler, "config", None), "num_train_timesteps", None) or 1
-        start = min(
-            range(len(timesteps)),
-            key=lambda i: (min(_distance(timesteps[i], first), _distance(timesteps[i] / trained, first)), i),
-        )
-        tell_first_step(self._scheduler, timesteps, start)
+        start = getattr(self._scheduler, "begin_index", None)  # pipelines that begin later mostly tell it
+        if start is None:
+            first = float(timestep.reshape(-1)[0])
+            # Some pipelines hand the denoiser timesteps between 0 and 1.
+            trained = getattr(getattr(self._scheduler, "config", None), "num_train_timesteps", None) or 1
+            away = [min(_distance(t, first), _distance(t / trained, first)) for t in timesteps]
+            nearest = min(range(len(away)), key=away.__getitem__)
+            if away[nearest] < _ROUNDING:
+                start = nearest
+                tell_first_step(self._scheduler, timesteps, start)
+            else:  # made into something else (Lumina 2 counts upwards), of which nothing can be told
+                start = 0
         self._timesteps = self._scheduler.timesteps[start:]
         return len(timesteps) - start
 

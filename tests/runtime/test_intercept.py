@@ -7,7 +7,10 @@ from diffusers import DPMSolverMultistepScheduler
 
 from hybridiff_compiler.ir import InputError
 from hybridiff_compiler.runtime.intercept import find_denoiser, intercept
-from hybridiff_compiler.runtime.scheduler_watch import tell_first_step
+from hybridiff_compiler.runtime.scheduler_watch import SchedulerWatch, tell_first_step
+from hybridiff_compiler.runtime.simulator import Simulator
+
+from .tiny import SIZE, TOKENS, WIDTH, TinyPipeline, tiny_plan
 
 from .tiny import TinyPipeline
 
@@ -204,3 +207,56 @@ def test_a_compiled_denoiser():
     pipe.denoiser = torch.compile(pipe.denoiser)
     with pytest.raises(InputError, match=r"what torch.compile made .*_orig_mod"):
         find_denoiser(pipe)
+
+
+def test_images_of_one_seed_without_guidance_are_not_two_branches():
+    """They begin as equal latents with different prompts, which is how guidance begins, too."""
+    pipe = TinyPipeline()
+    plan = tiny_plan(pipe, "branch cond-mirror reuse branch")
+    embeddings = torch.randn(2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
+
+    @torch.no_grad()
+    def unguided(steps=8):
+        latents = torch.ones(2, 4, SIZE, SIZE)
+        pipe.scheduler.set_timesteps(steps)
+        for timestep in pipe.scheduler.timesteps:
+            (estimate,) = pipe.denoiser(latents, timestep, embeddings, return_dict=False)
+            latents = latents - estimate / steps
+        return latents
+
+    plain = unguided()
+    simulator = Simulator(plan, pipe.denoiser)
+    with intercept(pipe, simulator):
+        assert torch.allclose(unguided(), plain, atol=1e-5)
+        assert len(simulator.executed) == 1
+        pipe(1)
+        assert len(simulator.executed) == 8
+
+
+def test_a_network_that_controls_the_denoiser_is_not_one(bench):
+    class Control(torch.nn.Module):
+        def forward(self, sample, timestep, conditioning_scale=1.0):
+            """As ControlNets."""
+
+    class Controlled:
+        components = {"controlnet": Control(), bench.attribute: bench.denoiser}  # noqa: RUF012
+
+    assert find_denoiser(Controlled()) == (bench.attribute, bench.denoiser)
+
+
+@pytest.mark.parametrize(("first", "begin", "steps"), [
+    (lambda t: t[2].bfloat16(), None, 4), (lambda t: t[2] / 1000, None, 4), (lambda t: t[-1] * 0, None, 6),
+    (lambda t: t[0] * 0 + 0.25, None, 6), (lambda t: t[0] * 0 + 0.25, 3, 3),
+])
+def test_where_a_generation_begins(first, begin, steps):
+    """From what the scheduler was told, else from the timestep; one that means something else tells nothing."""
+    pipe = TinyPipeline()
+    pipe.scheduler = DPMSolverMultistepScheduler()
+    watch = SchedulerWatch(pipe, None)
+    watch.follow()
+    pipe.scheduler.set_timesteps(6)
+    if begin is not None:
+        pipe.scheduler.set_begin_index(begin)
+    assert watch.begin(first(pipe.scheduler.timesteps.float())) == steps
+    assert pipe.scheduler.begin_index == (begin if begin is not None else None if steps == 6 else 2)
+    watch.release()

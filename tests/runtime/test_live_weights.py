@@ -88,3 +88,40 @@ def test_a_lora_fused_while_open_is_in_the_image() -> None:
         with pytest.warns(UserWarning, match="weights or modules changed"):
             image = pipe(1)
     assert torch.equal(image, pipe(1))
+
+
+class Processor:
+    """What modules hold for settings that are neither modules nor tensors, as attention processors are."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def __call__(self) -> None:
+        """Never called."""
+
+
+def test_settings_of_modules_are_part_of_what_was_captured() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.GroupNorm(2, 4))
+    module[0].processor = Processor(1.0)
+    module[0].scaling = {"adapter": 1.0}
+    weights = LiveWeights(module)
+
+    def changed() -> bool:
+        assert not weights.have_moved()
+        return weights.have_changed()
+
+    module.train()
+    module[1].freedom = None  # as diffusers takes a setting back
+    module[1].cache = {"a": torch.zeros(1)}
+    assert not changed()
+    for owner, name, value in (
+        (module[1], "eps", 1e-3), (module[0].processor, "scale", 0.5), (module[0], "scaling", {"adapter": 2.0}),
+        (module[0], "processor", object()), (module[1], "freedom", 0.9),
+    ):
+        before = getattr(owner, name)
+        setattr(owner, name, value)
+        assert changed(), name
+        setattr(owner, name, before)
+        assert not changed(), name
+    module[0].scaling["adapter"] = 3.0
+    assert changed()
