@@ -71,19 +71,18 @@ def find_denoiser(pipe: Any) -> tuple[str, nn.Module]:
         (name, module) for name, module in pipe.components.items()
         if isinstance(module, nn.Module) and TIMESTEP in inspect.signature(type(module).forward).parameters
     ]
+    alone = [
+        (name, module) for name, module in found
+        if "conditioning_scale" not in inspect.signature(type(module).forward).parameters
+    ]
     wrapped = [name for name, module in pipe.components.items() if hasattr(module, "_orig_mod")]
-    if not found and wrapped:
+    if not alone and wrapped:
         raise InputError(
             f"the {wrapped[0]} of {type(pipe).__name__} is what torch.compile made of a module; give the pipeline the "
             f"module itself (pipe.{wrapped[0]} = pipe.{wrapped[0]}._orig_mod): the stage graphs of a plan are compiled "
             "from that"
         )
-    if len(found) > 1:
-        alone = [
-            (name, module) for name, module in found
-            if "conditioning_scale" not in inspect.signature(type(module).forward).parameters
-        ]
-        found = alone or found
+    found = alone or found
     if len(found) != 1:
         names = [name for name, _ in found] or "none"
         raise InputError(

@@ -12,8 +12,6 @@ from hybridiff_compiler.runtime.simulator import Simulator
 
 from .tiny import SIZE, TOKENS, WIDTH, TinyPipeline, tiny_plan
 
-from .tiny import TinyPipeline
-
 
 class Log:
     """Counts what it is asked and answers with the latents."""
