@@ -139,11 +139,15 @@ def _settings(denoiser: nn.Module) -> list[tuple[Any, ...]]:
 def _own_settings(attributes: Mapping[str, Any], depth: int) -> Iterator[tuple[str, Any]]:
     for name, value in attributes.items():
         # What is None may as well be absent: that is how diffusers takes settings back.
-        if name[0] == "_" or value is None or name in _NO_SETTINGS or isinstance(value, (nn.Module, Tensor)):
+        if name[0] == "_" or value is None or name in _NO_SETTINGS:
             continue
-        if isinstance(value, (*_PLAIN, list, tuple, dict)):
+        if isinstance(value, _PLAIN):
+            yield name, value
+        elif isinstance(value, (list, tuple, dict)):
             if (plain := _plain(value)) is not None:
                 yield name, plain
+        elif isinstance(value, (nn.Module, Tensor)):
+            continue
         elif depth and hasattr(value, "__dict__") and not hasattr(value, "__qualname__"):  # neither class nor function
             yield name, (type(value), *_own_settings(value.__dict__, depth - 1))
 
