@@ -306,6 +306,10 @@ class Driver:
             self._schedule.observe(call.step, pair)
         return pair
 
+    def is_exact_at(self, step: int, num_steps: int) -> bool:
+        """Whether `step` of the present generation, of `num_steps`, is exact; asked when it begins."""
+        return num_steps != self.plan.num_steps or self.plan.pattern(self._schedule.pattern_at(step)).is_exact
+
     def _run(self, name: str, call: GuidedCall) -> dict[Branch, Tensor]:
         following = self._following(call.step, call.num_steps)
         executor = self._executor

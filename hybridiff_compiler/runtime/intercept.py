@@ -24,6 +24,7 @@ from ..backends.kept import Moment
 from ..capture import flatten_call, step_parameters
 from ..capture.call import TIMESTEP
 from ..ir import BRANCHES, Branch, CallSignature, InputError
+from .halves import Halves
 from .scheduler_watch import SchedulerWatch
 from .two_calls import TwoCalls, differing_shapes
 
@@ -100,7 +101,8 @@ def is_intercepted(denoiser: nn.Module) -> bool:
 
 @contextmanager
 def intercept(
-    pipe: Any, handler: StepHandler, *, settle: Callable[[], None] | None = None
+    pipe: Any, handler: StepHandler, *, settle: Callable[[], None] | None = None,
+    exact_at: Callable[[int, int], bool] = lambda step, num_steps: False,
 ) -> Iterator[None]:
     """Route the guided denoiser calls of `pipe` to `handler` until the context ends; everything is restored then.
 
@@ -108,11 +110,13 @@ def intercept(
         pipe: the pipeline.
         handler: computes the steps.
         settle: called before the scheduler is, if that would wait for the device (see `waiting`).
+        exact_at: whether the handler computes this step, of so many, of the present generation exactly; asked when the
+            step begins.
     """
     from diffusers.hooks import HookRegistry, ModelHook
 
     _, denoiser = find_denoiser(pipe)
-    watcher = _Watcher(pipe, denoiser, handler, settle)
+    watcher = _Watcher(pipe, denoiser, handler, settle, exact_at)
     call = watcher.call
     if denoiser._compiled_call_impl is not None:  # by `denoiser.compile()`: dynamo would trace the handler, too
         call = torch.compiler.disable(call)
@@ -135,9 +139,12 @@ class _Watcher:
     """Turns the stream of denoiser calls into generations and steps."""
 
     def __init__(
-        self, pipe: Any, denoiser: nn.Module, handler: StepHandler, settle: Callable[[], None] | None
+        self, pipe: Any, denoiser: nn.Module, handler: StepHandler, settle: Callable[[], None] | None,
+        exact_at: Callable[[int, int], bool],
     ) -> None:
         self.scheduler = SchedulerWatch(pipe, settle)
+        self._exact_at, self._begins_exactly = exact_at, False
+        self._halves = Halves()
         self._denoiser, self._handler = denoiser, handler
         self._latents, self._timestep = step_parameters(denoiser)
         parameters = inspect.signature(type(denoiser).forward).parameters
@@ -173,8 +180,12 @@ class _Watcher:
         """Both estimates of a step, one after the other in the batch; None: not covered."""
         if self._step >= self._num_steps:
             return None
-        if self._step == 1 and not torch.equal(*tensors[self._latents].chunk(2)):
-            # Images of one seed without guidance begin like the two branches of one, and part after the first step.
+        if self._step == 1:
+            self._halves.ask(tensors[self._latents])
+            self._begins_exactly = self._exact_at(1, self._num_steps)
+        if self._step == (2 if self._begins_exactly else 1) and not self._halves.equal():
+            # Images of one seed without guidance begin like the two branches of one, and part after the first step. An
+            # exact step is right for both.
             self._covered = False
             return None
         pair = self._run(_split(tensors, tensors[self._latents].shape[0]), tensors[self._timestep])

@@ -266,7 +266,9 @@ class ParallelPipeline:
             plan, denoiser, executors, transport=transport, pool=pool, close=self._finalizer, watch=watch,
         )
         settle = None if watch is None else self._driver.settle
-        self._resources.enter_context(intercept(pipe, self._driver, settle=settle))
+        self._resources.enter_context(intercept(
+            pipe, self._driver, settle=settle, exact_at=self._driver.is_exact_at
+        ))
         self._route_decodes(parts)
 
     def _route_decodes(self, parts: Mapping[str, DecodeRank]) -> None:

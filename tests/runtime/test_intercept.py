@@ -207,10 +207,13 @@ def test_a_compiled_denoiser():
         find_denoiser(pipe)
 
 
-def test_images_of_one_seed_without_guidance_are_not_two_branches():
+@pytest.mark.parametrize(("steps", "exact"), [
+    ("branch cond-mirror reuse branch", 1), ("branch branch cond-mirror reuse", 2),
+])
+def test_images_of_one_seed_without_guidance_are_not_two_branches(steps, exact):
     """They begin as equal latents with different prompts, which is how guidance begins, too."""
     pipe = TinyPipeline()
-    plan = tiny_plan(pipe, "branch cond-mirror reuse branch")
+    plan = tiny_plan(pipe, steps)
     embeddings = torch.randn(2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
 
     @torch.no_grad()
@@ -224,9 +227,10 @@ def test_images_of_one_seed_without_guidance_are_not_two_branches():
 
     plain = unguided()
     simulator = Simulator(plan, pipe.denoiser)
-    with intercept(pipe, simulator):
+    known = {"exact_at": lambda step, of: plan.pattern(plan.schedule.steps[step]).is_exact} if exact > 1 else {}
+    with intercept(pipe, simulator, **known):
         assert torch.allclose(unguided(), plain, atol=1e-5)
-        assert len(simulator.executed) == 1
+        assert len(simulator.executed) == exact, "what follows exact steps runs on"
         pipe(1)
         assert len(simulator.executed) == 8
 
