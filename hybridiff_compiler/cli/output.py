@@ -5,10 +5,11 @@ With `--json` stdout carries one JSON object and nothing else, whatever librarie
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -16,13 +17,20 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-__all__ = ["Output", "ProgressCallback", "opened"]
+__all__ = ["Output", "ProgressCallback", "as_text", "opened"]
 
 ProgressCallback = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
 
 _PLAIN_WIDTH = 160
 """Columns when stdout is a file or a pipe: tables must not be folded to 80."""
+
+
+def as_text(human: Iterable[RenderableType]) -> str:
+    """What `Output.result` prints, as it is written to a file."""
+    buffer = io.StringIO()
+    Output(False, buffer).result(*human, machine=dict)
+    return buffer.getvalue()
 
 
 class Output:

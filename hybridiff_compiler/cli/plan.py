@@ -163,7 +163,7 @@ def _pareto(
             points, title=title, unit="evaluations" if in_work else "s", quantile=scope["quantile"]
         )
         if png is not None:
-            written.append(f"wrote {save_png(figure, png)}")
+            written.append(f"wrote {save_png([figure], png)}")
         if html is not None:
             written.append(f"wrote {save_html([figure], html, title=title)}")
     out.result(

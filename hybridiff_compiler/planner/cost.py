@@ -22,7 +22,8 @@ from ..ir import (
 from .crossing import stage_bytes
 from .memory import latent_bytes
 
-__all__ = ["CostModel", "StepCost", "segment_seconds", "step_cost"]
+__all__ = ["CostModel", "Launch", "StepCost", "segment_seconds", "step_cost"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
@@ -32,6 +33,17 @@ class StepCost:
     """Measured stage times alone: the slowest rank, without communication and overhead."""
     latency_s: float
     """What a step is predicted to take: stage times, exposed communication and the driver's overhead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """When one segment of a step runs; seconds since the step began."""
+
+    segment: Segment
+    start_s: float
+    end_s: float
+    back_s: float
+    """When its estimate is on rank 0; if it has none, its end."""
 
 
 class CostModel:
@@ -104,9 +116,21 @@ class CostModel:
 
     def _makespan(self, pattern: Pattern, *, moving: bool) -> float:
         """When the last rank is done and, with `moving`, the last estimate has reached rank 0."""
+        return max((launch.back_s for launch in self.launches(pattern, moving=moving)), default=0.0)
+
+    def launches(self, pattern: Pattern, *, moving: bool = True) -> list[Launch]:
+        """When the segments of a step run, in the order of `lower(pattern)`.
+
+        Args:
+            pattern: of the step.
+            moving: whether what is sent takes time.
+
+        Raises:
+            InputError: the profile has no costs for a segment.
+        """
         clock: dict[int, float] = {}
         done: dict[tuple[Branch, int], tuple[float, int]] = {}
-        latest = 0.0
+        result = []
         for segment in lower(pattern):
             rank = segment.rank
             if rank not in clock:
@@ -123,10 +147,10 @@ class CostModel:
             for branch in segment.branches:
                 for stage in segment.stages:
                     done[branch, stage] = (end, rank)
-            if moving and segment.has_estimate:
-                end += self._link_seconds(rank, 0, self._sample * len(segment.branches))
-            latest = max(latest, end)
-        return latest
+            sent = self._sample * len(segment.branches) if moving and segment.has_estimate else 0
+            back = end + self._link_seconds(rank, 0, sent)
+            result.append(Launch(segment=segment, start_s=start, end_s=end, back_s=back))
+        return result
 
     def _stale_seconds(self, pattern: Pattern) -> float:
         """Slowest transfer between two ranks of what the next step of `pattern` reads stale."""

@@ -62,9 +62,21 @@ def frontier_figure(
     return figure
 
 
-def save_png(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG, atomically."""
-    return write_atomically(path, lambda file: figure.savefig(file, dpi=_DPI, format="png"))
+def save_png(figures: Sequence[Figure], path: Path) -> Path:
+    """Write figures as one PNG, below each other, atomically."""
+    from PIL import Image
+
+    tiles = []
+    for figure in figures:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=_DPI, format="png")
+        tiles.append(Image.open(buffer))
+    sheet = Image.new("RGB", (max(tile.width for tile in tiles), sum(tile.height for tile in tiles)), "white")
+    top = 0
+    for tile in tiles:
+        sheet.paste(tile, (0, top))
+        top += tile.height
+    return write_atomically(path, lambda file: sheet.save(file, format="png"))
 
 
 def save_html(figures: Sequence[Figure], path: Path, *, title: str, text: str = "") -> Path:

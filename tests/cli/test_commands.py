@@ -52,6 +52,23 @@ def test_show(hybridiff, files, name, kind):
     assert "u0@0 c0@1 | cfg" in text
 
 
+def test_show_draws(hybridiff, files, tmp_path):
+    png, html, trace = tmp_path / "p.png", tmp_path / "p.html", tmp_path / "t.json"
+    ran = hybridiff(
+        "show", files / "cheap.json", "--profile", files / "profile.json", "--png", png, "--html", html,
+        "--trace", trace,
+    )
+    assert ran.code == 0
+    assert ran.out.count("wrote ") == 3
+    assert png.read_bytes().startswith(b"\x89PNG")
+    page = html.read_text()
+    assert page.count("<svg") == 2  # by step, and by time
+    assert "timeline" in page
+    assert json.loads(trace.read_text())["traceEvents"]
+    ran = hybridiff("show", files / "profile.json", "--png", png, "--json")
+    assert json.loads(ran.out)["kind"] == "profile"
+
+
 def test_run(hybridiff, files, tmp_path):
     output = tmp_path / "cat.png"
     ran = hybridiff("run", files / "cheap.json", "bundled:unet", "--prompt", "a cat", "-o", output, "--json")

@@ -39,7 +39,7 @@ SURFACE = {
         "--threads", "--profile", "--seed", "--decoder", "--decode", "--decode-dtype", "--trace", "--output/-o",
         "--json",
     ],
-    "show": ["FILE", "OTHER", "--profile", "--json"],
+    "show": ["FILE", "OTHER", "--profile", "--png", "--html", "--trace", "--json"],
 }
 
 
