@@ -296,15 +296,25 @@ class Driver:
                 self.executed.clear()
                 self._uncovered(_CHANGED)
                 return None
-        if self._watch is not None and call.step == call.num_steps - 1:
-            try:
-                self._watch.finish()  # a worker that failed must not go unnoticed by the last step
-            except BaseException as error:
-                self._fail(error, "the last steps of a generation")
+        if call.step == call.num_steps - 1:
+            self.finish()
         pair = self._estimates.pair(pattern, computed, call.step)
         if covered and pattern.is_exact:
             self._schedule.observe(call.step, pair)
         return pair
+
+    def finish(self) -> None:
+        """Have the device do what was queued, as what follows is none of the plan's: a worker that failed must not go
+        unnoticed.
+
+        Raises:
+            WorkerError: see `step`.
+        """
+        if self._watch is not None:
+            try:
+                self._watch.finish()
+            except BaseException as error:
+                self._fail(error, "the last steps of a generation")
 
     def is_exact_at(self, step: int, num_steps: int) -> bool:
         """Whether `step` of the present generation, of `num_steps`, is exact; asked when it begins."""

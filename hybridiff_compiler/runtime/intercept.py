@@ -102,7 +102,7 @@ def is_intercepted(denoiser: nn.Module) -> bool:
 @contextmanager
 def intercept(
     pipe: Any, handler: StepHandler, *, settle: Callable[[], None] | None = None,
-    exact_at: Callable[[int, int], bool] = lambda step, num_steps: False,
+    exact_at: Callable[[int, int], bool] = lambda step, num_steps: False, left: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
     """Route the guided denoiser calls of `pipe` to `handler` until the context ends; everything is restored then.
 
@@ -112,11 +112,12 @@ def intercept(
         settle: called before the scheduler is, if that would wait for the device (see `waiting`).
         exact_at: whether the handler computes this step, of so many, of the present generation exactly; asked when the
             step begins.
+        left: called before the denoiser's own forward when the handler has computed earlier steps of the generation.
     """
     from diffusers.hooks import HookRegistry, ModelHook
 
     _, denoiser = find_denoiser(pipe)
-    watcher = _Watcher(pipe, denoiser, handler, settle, exact_at)
+    watcher = _Watcher(pipe, denoiser, handler, settle, exact_at, left)
     call = watcher.call
     if denoiser._compiled_call_impl is not None:  # by `denoiser.compile()`: dynamo would trace the handler, too
         call = torch.compiler.disable(call)
@@ -140,10 +141,11 @@ class _Watcher:
 
     def __init__(
         self, pipe: Any, denoiser: nn.Module, handler: StepHandler, settle: Callable[[], None] | None,
-        exact_at: Callable[[int, int], bool],
+        exact_at: Callable[[int, int], bool], left: Callable[[], None],
     ) -> None:
         self.scheduler = SchedulerWatch(pipe, settle)
-        self._exact_at, self._begins_exactly = exact_at, False
+        self._exact_at, self._left = exact_at, left
+        self._begins_exactly = self._has_run = False
         self._halves = Halves()
         self._denoiser, self._handler = denoiser, handler
         self._latents, self._timestep = step_parameters(denoiser)
@@ -174,7 +176,11 @@ class _Watcher:
         estimate = None
         if self._covered and signature == self._signature:
             estimate = self._batched(tensors) if self._pairs is None else self._one_of_two(tensors, self._pairs)
-        return original(*args, **kwargs) if estimate is None else self._wrap(estimate, kwargs)
+        if estimate is not None:
+            return self._wrap(estimate, kwargs)
+        if self._has_run:
+            self._left()
+        return original(*args, **kwargs)
 
     def _batched(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """Both estimates of a step, one after the other in the batch; None: not covered."""
@@ -235,11 +241,11 @@ class _Watcher:
         call = GuidedCall(step=self._step, num_steps=self._num_steps, inputs=inputs, timesteps=timesteps)
         self._step += 1
         pair = self._handler.step(call)
-        self._covered = self._covered and pair is not None
+        self._covered, self._has_run = self._covered and pair is not None, pair is not None
         return pair
 
     def _begin(self, signature: CallSignature, tensors: Mapping[str, Tensor]) -> None:
-        self.scheduler.fresh = False
+        self.scheduler.fresh = self._has_run = False
         self._step, self._signature, self._covered = 0, signature, False
         self._first = self._pairs = self._pending = None
         if self._latents not in tensors or self._timestep not in tensors:

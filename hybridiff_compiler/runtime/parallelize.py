@@ -267,7 +267,7 @@ class ParallelPipeline:
         )
         settle = None if watch is None else self._driver.settle
         self._resources.enter_context(intercept(
-            pipe, self._driver, settle=settle, exact_at=self._driver.is_exact_at
+            pipe, self._driver, settle=settle, exact_at=self._driver.is_exact_at, left=self._driver.finish
         ))
         self._route_decodes(parts)
 

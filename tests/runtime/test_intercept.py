@@ -235,6 +235,29 @@ def test_images_of_one_seed_without_guidance_are_not_two_branches(steps, exact):
         assert len(simulator.executed) == 8
 
 
+def test_calls_after_steps_of_the_handler_are_announced():
+    """Guidance that is cut off: what the ranks were given to do before must be looked after."""
+    pipe = TinyPipeline()
+    left = []
+    with intercept(pipe, Simulator(tiny_plan(pipe), pipe.denoiser), left=lambda: left.append(step)):
+        step = "guided"
+        pipe(1)
+        step = "never guided"
+        pipe(1, guidance_scale=1.0)
+        assert left == []
+        latents, embeddings = torch.randn(1, 4, SIZE, SIZE), torch.randn(2, TOKENS, WIDTH)
+        pipe.scheduler.set_timesteps(8)
+        for step, timestep in enumerate(pipe.scheduler.timesteps):
+            guided = step < 5
+            inputs = (torch.cat([latents] * 2), timestep, embeddings) if guided else (latents, timestep, embeddings[1:])
+            (estimate,) = pipe.denoiser(*inputs, return_dict=False)
+            latents = latents - estimate[:1] / 8
+        assert left == [5, 6, 7]
+        left.clear()
+        pipe(1)
+        assert left == []
+
+
 def test_a_network_that_controls_the_denoiser_is_not_one(bench):
     class Control(torch.nn.Module):
         def forward(self, sample, timestep, conditioning_scale=1.0):
