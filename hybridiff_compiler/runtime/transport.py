@@ -13,7 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from enum import IntEnum
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from .processes import is_forked
 
-__all__ = ["Channel", "Incoming", "Layout", "PeerError", "Transport", "allocate"]
+__all__ = ["Channel", "Incoming", "Layout", "PeerError", "Transport", "Waitable", "allocate"]
 
 _ALIGNMENT = 64
 _FOREVER = timedelta(days=3650)
@@ -87,10 +88,36 @@ def allocate(nbytes: int, device: torch.device | str = "cpu") -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
+class Waitable(Protocol):
+    """A transfer that was started."""
+
+    def wait(self, timeout: timedelta) -> Any:
+        """Wait for its end, or raise `RuntimeError`."""
+
+
+class _Transfer:
+    """One of gloo's transfers, which keeps the connections for as long as it exists: the transport can drop it."""
+
+    __slots__ = ("__weakref__", "_work")
+
+    def __init__(self, work: dist.Work) -> None:
+        self._work: dist.Work | None = work
+
+    def wait(self, timeout: timedelta) -> None:
+        """See `dist.Work.wait`."""
+        if self._work is None:
+            raise RuntimeError("the connections are closed")
+        self._work.wait(timeout)
+
+    def drop(self) -> None:
+        """Whatever is still to come is not wanted."""
+        self._work = None
+
+
 class Incoming:
     """A message on its way to this rank."""
 
-    def __init__(self, transport: Transport, peer: int, doing: str, work: dist.Work, tensors: tuple[Tensor, ...]):
+    def __init__(self, transport: Transport, peer: int, doing: str, work: Waitable, tensors: tuple[Tensor, ...]):
         self._transport, self._peer, self._doing, self._work, self._tensors = transport, peer, doing, work, tensors
 
     def wait(self) -> tuple[Tensor, ...]:
@@ -111,7 +138,7 @@ class _Buffers:
 
     def __init__(self, layout: Layout, allocate_bytes: Callable[[int], Tensor]) -> None:
         self.pairs = [(buffer := allocate_bytes(layout.nbytes), layout.views(buffer)) for _ in range(2)]
-        self.works: list[dist.Work | None] = [None, None]
+        self.works: list[Waitable | None] = [None, None]
         self._turn = 0
 
     def next(self) -> int:
@@ -144,6 +171,7 @@ class Transport:
         self._timeout = _FOREVER if timeout_s is None else timedelta(seconds=timeout_s)
         self._buffers: dict[tuple[bool, int, Channel, Layout], _Buffers] = {}
         self._received: set[int] = set()
+        self._transfers: WeakSet[_Transfer] = WeakSet()
         self._owner = os.getpid()
         self._group: Any = _gloo_group(store, rank, world_size, one_host)
 
@@ -174,12 +202,12 @@ class Transport:
             buffer, views = buffers.pairs[buffers.next()]
         return self.receive_bytes(peer, channel, buffer, views)
 
-    def send_bytes(self, peer: int, channel: Channel, buffer: Tensor) -> dist.Work:
-        """Start sending a buffer, which must not change until the work has completed."""
+    def send_bytes(self, peer: int, channel: Channel, buffer: Tensor) -> Waitable:
+        """Start sending a buffer, which must not change until the transfer has ended."""
         self.sent_messages[channel] += 1
         self.sent_bytes[channel] += buffer.numel()
         try:
-            return self._group.send([buffer], peer, int(channel))
+            return self._started(self._group.send([buffer], peer, int(channel)))
         except RuntimeError as error:
             raise PeerError(peer, "sending to", False, str(error)) from error
 
@@ -191,13 +219,19 @@ class Transport:
             work = self._group.recv([buffer], peer, int(channel))
         except RuntimeError as error:
             raise PeerError(peer, "receiving from", False, str(error)) from error
-        return Incoming(self, peer, "receiving from", work, (buffer,) if views is None else views)
+        transfer = self._started(work)
+        return Incoming(self, peer, "receiving from", transfer, (buffer,) if views is None else views)
+
+    def _started(self, work: dist.Work) -> _Transfer:
+        transfer = _Transfer(work)
+        self._transfers.add(transfer)
+        return transfer
 
     def owns(self, tensor: Tensor) -> bool:
         """Whether `tensor` lives in a receive buffer that a later message will overwrite."""
         return tensor.untyped_storage().data_ptr() in self._received
 
-    def wait(self, work: dist.Work, peer: int, doing: str) -> None:
+    def wait(self, work: Waitable, peer: int, doing: str) -> None:
         """Wait for a transfer.
 
         Raises:
@@ -230,6 +264,8 @@ class Transport:
         if is_forked(self._owner, self):
             return
         self._buffers.clear()
+        for transfer in list(self._transfers):
+            transfer.drop()
         group, self._group = self._group, None
         del group
 

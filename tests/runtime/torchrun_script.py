@@ -30,9 +30,10 @@ def main(how: str) -> None:
     with intercept(pipe, Simulator(plan, pipe.denoiser)):
         expected = [pipe(3), pipe(4, images=2)]
     for _ in range(2):  # plans one after the other meet in stores of their own
-        with parallelize(pipe, plan, threads=1, batch_sizes=(1, 2)):
+        with parallelize(pipe, plan, threads=1, batch_sizes=(1, 2)) as kept:  # closing does not wait for garbage
             assert torch.equal(pipe(3), expected[0])
             assert torch.equal(pipe(4, images=2), expected[1])
+        assert not kept.is_open
     sys.stdout.write(f"rank {os.environ['RANK']} finished\n")
 
 
