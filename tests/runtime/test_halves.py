@@ -1,5 +1,6 @@
 """Halves of a batch are compared by value."""
 
+import pytest
 import torch
 
 from hybridiff_compiler.runtime.halves import Halves
@@ -12,3 +13,11 @@ def test_the_last_question_is_answered() -> None:
         halves.ask(torch.cat([latents, other]))
         assert halves.equal() is equal
         assert halves.equal() is equal
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_what_is_no_number_equals_itself(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    halves, latents = Halves(), torch.full((1, 4, 8, 8), torch.nan, dtype=dtype)
+    halves.ask(torch.cat([latents] * 2).to(memory_format=layout))
+    assert halves.equal()
