@@ -17,6 +17,7 @@ that the unit need not wait for it: the front of a linear split reads nothing of
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from enum import StrEnum
 from functools import cached_property
 from typing import Any, Literal, Self
@@ -25,9 +26,9 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from .data import Data
 from .errors import InputError
-from .partition import WHOLE
+from .partition import WHOLE, Partition
 
-__all__ = ["BRANCHES", "Branch", "Combine", "Pattern", "Read", "Unit"]
+__all__ = ["BRANCHES", "Branch", "Combine", "Pattern", "Read", "Unit", "check_tables"]
 
 Branch = Literal["uncond", "cond"]
 BRANCHES: tuple[Branch, Branch] = ("uncond", "cond")
@@ -234,3 +235,27 @@ class Pattern(Data):
     def __str__(self) -> str:
         where = "" if self.partition == WHOLE else f" on {self.partition}"
         return f"{self.name}{where}: {self.table}"
+
+
+def check_tables(partitions: Sequence[Partition], patterns: Sequence[Pattern], noun: str) -> None:
+    """Whether a document's tables fit its partitions.
+
+    Args:
+        partitions, patterns: of the document.
+        noun: what it is, for messages.
+
+    Raises:
+        ValueError: two of a kind have one name, or a pattern has other stages than its partition.
+    """
+    for what, names in (
+        ("partition", [each.name for each in partitions]), ("pattern", [each.name for each in patterns]),
+    ):
+        if len(names) != len(set(names)):
+            raise ValueError(f"{what} names must be unique, got {names}")
+    stages = {WHOLE: 1} | {partition.name: len(partition.stages) for partition in partitions}
+    for pattern in patterns:
+        if stages.get(pattern.partition) != pattern.stages:
+            raise ValueError(
+                f"pattern {pattern.name!r} expects partition {pattern.partition!r} with {pattern.stages} stages; "
+                f"the {noun} has {stages}"
+            )

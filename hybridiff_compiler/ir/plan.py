@@ -10,8 +10,8 @@ from pydantic import Field, model_validator
 from .ages import check_reads
 from .data import Data, Document
 from .errors import InputError
-from .partition import WHOLE, Partition
-from .pattern import Pattern
+from .partition import Partition
+from .pattern import Pattern, check_tables
 from .provenance import ModelInfo
 from .schedule import FixedSchedule, Schedule, SwitchedSchedule
 from .segment import lower
@@ -114,15 +114,8 @@ class Plan(Document):
     @model_validator(mode="after")
     def _check(self) -> Self:
         names = [pattern.name for pattern in self.patterns]
-        if len(names) != len(set(names)):
-            raise ValueError(f"pattern names must be unique, got {names}")
-        stages = {WHOLE: 1} | {p.name: len(p.stages) for p in self.partitions}
+        check_tables(self.partitions, self.patterns, "plan")
         for pattern in self.patterns:
-            if stages.get(pattern.partition) != pattern.stages:
-                raise ValueError(
-                    f"pattern {pattern.name!r} expects partition {pattern.partition!r} with {pattern.stages} stages; "
-                    f"the plan has {stages}"
-                )
             if pattern.world_size > len(self.ranks):
                 raise ValueError(
                     f"pattern {pattern.name!r} needs {pattern.world_size} ranks, the plan has {len(self.ranks)}"

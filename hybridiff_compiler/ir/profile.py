@@ -12,8 +12,8 @@ from .costs import Costs
 from .curves import Guidance, Redundancy
 from .data import Document
 from .layers import LayerGraph
-from .partition import WHOLE, Partition
-from .pattern import Pattern
+from .partition import Partition
+from .pattern import Pattern, check_tables
 from .provenance import ModelInfo, Provenance
 from .schedule import MAX_STEPS
 from .step_errors import ErrorSampling, PatternErrors
@@ -68,21 +68,12 @@ class Profile(Document):
         return self
 
     def _check_tables(self) -> None:
-        for what, names in (
-            ("partition", [each.name for each in self.partitions]), ("pattern", [each.name for each in self.patterns]),
-            ("errors of pattern", [each.pattern for each in self.errors]),
-        ):
-            if len(names) != len(set(names)):
-                raise ValueError(f"{what} names must be unique, got {names}")
+        judged = [each.pattern for each in self.errors]
+        if len(judged) != len(set(judged)):
+            raise ValueError(f"errors of pattern names must be unique, got {judged}")
+        check_tables(self.partitions, self.patterns, "profile")
         for partition in self.partitions:
             partition.check_covers(self.graph)
-        stages = {WHOLE: 1} | {each.name: len(each.stages) for each in self.partitions}
-        for pattern in self.patterns:
-            if stages.get(pattern.partition) != pattern.stages:
-                raise ValueError(
-                    f"pattern {pattern.name!r} expects partition {pattern.partition!r} with {pattern.stages} stages; "
-                    f"the profile has {stages}"
-                )
         known = {pattern.name for pattern in self.patterns}
         for errors in self.errors:
             if errors.pattern not in known:

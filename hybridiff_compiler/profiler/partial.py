@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ir import InputError, PlanMismatchError
+from ..ir import InputError, PlanMismatchError, write_atomically
 
 __all__ = ["Partial", "weights_digest"]
 
@@ -100,14 +98,9 @@ class Partial:
             name: json.dumps(value)
             for name, value in (("settings", self._settings), ("parts", self._parts), ("notes", self._notes))
         }
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        try:
-            save_file(self._tensors or {"empty": torch.zeros(1)}, temporary, metadata=header)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(
+            path, lambda file: save_file(self._tensors or {"empty": torch.zeros(1)}, file, metadata=header)
+        )
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from ..backends.kept import Moment
-from ..ir import Branch, CallSignature, Plan, PlanMismatchError, UsageError, WorkerError
+from ..ir import Branch, CallSignature, Plan, PlanMismatchError, UsageError
 from .branch_calls import batch_factor, scale_signature
 from .decode_ranks import DecodeRank
 from .estimates import EstimateMemory
 from .executor import RankExecutors
 from .intercept import GuidedCall
 from .live_weights import LiveWeights
-from .memory import peak_bytes
-from .orders import DECODING, MAX_MISSED, REPORTING, TIMING, TRACING, Order, OrderOutbox
-from .processes import REPORTED, RESIZED, TIMED, TRACED, Pool
+from .orders import DECODING, MAX_MISSED, Order, OrderOutbox
+from .processes import RESIZED, Pool
+from .questions import Questions
 from .schedule_state import ScheduleState
-from .trace import RankTrace, merge_traces
 from .transport import PeerError, Transport
 from .watch import DeviceWatch
 
@@ -75,8 +72,11 @@ class Driver:
         self._estimates = EstimateMemory()
         self._outbox = None if transport is None else OrderOutbox(transport, plan.model.signature, plan.num_steps)
         self._index = {pattern.name: index for index, pattern in enumerate(plan.patterns)}
+        self.questions = Questions(
+            next(denoiser.parameters()).device, plan.world_size, self._index, pool, self._ask, self._fail
+        )
         self._missed: dict[int, list[int]] = {rank: [] for rank in range(1, plan.world_size)}
-        self._generation = self._timings = self._traces = self._resizes = self._reports = 0
+        self._generation = self._resizes = 0
         self._step = 0
         self._bypass = self._unchecked = False
         self._said: set[str] = set()
@@ -95,45 +95,14 @@ class Driver:
         self._next_plan = plan
 
     def stage_seconds(self, name: str) -> list[float]:
-        """Time of every rank's graphs of pattern `name` alone, measured on all of them at once."""
-        flow, seconds = self._executor.flow(name), [0.0] * self.plan.world_size
-        self._timings += 1
-        asked = sorted(flow.ranks - {0})
-        with self._closing("timing the stages"):
-            for rank in asked:
-                self._ask(rank, Order(self._generation, TIMING, self._index[name], self._timings))
-            seconds[0] = self._executor.stage_seconds(name)
-            for rank in asked:
-                seconds[rank] = float(self._answer(f"{TIMED}/{self._timings}/{rank}"))
-        return seconds
+        """See `Questions.stage_seconds`."""
+        return self.questions.stage_seconds(name, self._executor)
 
-    def peak_bytes(self) -> list[int]:
-        """The most memory that every rank has needed so far."""
-        self._reports += 1
-        peaks = [peak_bytes(next(self._denoiser.parameters()).device)]
-        with self._closing("asking for peaks of memory"):
-            for rank in range(1, self.plan.world_size):
-                self._ask(rank, Order(self._generation, REPORTING, None, self._reports))
-                peaks.append(int(self._answer(f"{REPORTED}/{self._reports}/{rank}")))
-        return peaks
-
-    def _ask(self, rank: int, order: Order) -> None:
+    def _ask(self, rank: int, kind: int, pattern: int | None, number: int) -> None:
         """Send an order between generations."""
         self._check_owner()
         assert self._outbox is not None
-        self._outbox.send(rank, order, ())
-
-    def _answer(self, key: str) -> str:
-        assert self._pool is not None
-        return self._pool.answer(key)
-
-    @contextmanager
-    def _closing(self, doing: str) -> Iterator[None]:
-        """Close and say why if a worker turns out to be gone."""
-        try:
-            yield
-        except (PeerError, WorkerError) as error:
-            self._fail(error, doing)
+        self._outbox.send(rank, Order(self._generation, kind, pattern, number), ())
 
     def _check_owner(self) -> None:
         """
@@ -145,28 +114,6 @@ class Driver:
                 f"parallelize was called in process {self._owner}, this is its fork {os.getpid()}, which cannot talk "
                 "to the workers; call parallelize after forking, or close() the copy here to run on one device"
             )
-
-    @contextmanager
-    def traced(self, target: Path) -> Iterator[None]:
-        """Record what all ranks do while open, and write `target` at the end."""
-        self._traces += 1
-        number, ranks = self._traces, range(1, self.plan.world_size)
-        own = RankTrace(next(self._denoiser.parameters()).device)
-        with tempfile.TemporaryDirectory() as folder:
-            for rank in ranks:
-                assert self._pool is not None
-                self._pool.tell(f"{TRACED}/{number}", folder)
-                self._ask(rank, Order(self._generation, TRACING, 0, number))
-                self._answer(f"{TRACED}/{number}/{rank}/started")
-            own.start()
-            try:
-                yield
-            finally:
-                own.stop(Path(folder) / "0.json")
-                for rank in ranks:
-                    self._ask(rank, Order(self._generation, TRACING, 1, number))
-                    self._answer(f"{TRACED}/{number}/{rank}")
-            merge_traces([Path(folder) / f"{rank}.json" for rank in (0, *ranks)], target)
 
     def start(self, num_steps: int, signature: CallSignature) -> bool:
         """See `StepHandler.start`: covered are calls of the plan's signature with the weights that the ranks hold.
@@ -241,10 +188,7 @@ class Driver:
             WorkerError: see `step`.
         """
         if self._watch is not None:
-            try:
-                self._watch.drain()
-            except BaseException as error:
-                self._fail(error, f"step {self._step}")
+            self._look_after(self._watch.drain, f"step {self._step}")
 
     def _resize(self, images: int) -> bool:
         """Have all ranks go on with so many images per call; False: the denoiser does not allow it."""
@@ -311,10 +255,13 @@ class Driver:
             WorkerError: see `step`.
         """
         if self._watch is not None:
-            try:
-                self._watch.finish()
-            except BaseException as error:
-                self._fail(error, "the last steps of a generation")
+            self._look_after(self._watch.finish, "the last steps of a generation")
+
+    def _look_after(self, wait: Callable[[], None], doing: str) -> None:
+        try:
+            wait()
+        except BaseException as error:
+            self._fail(error, doing)
 
     def is_exact_at(self, step: int, num_steps: int) -> bool:
         """Whether `step` of the present generation, of `num_steps`, is exact; asked when it begins."""

@@ -187,7 +187,7 @@ class ParallelPipeline:
     def peak_bytes(self) -> list[int]:
         """Most memory of every rank so far, on its GPU or else resident in its process; between generations only."""
         self._check_open()
-        return self._driver.peak_bytes()
+        return self._driver.questions.peak_bytes()
 
     def held_bytes(self) -> list[int]:
         """Memory of every rank for the denoiser's parameters, as they are held now."""
@@ -203,7 +203,7 @@ class ParallelPipeline:
         The file is a gzipped Chrome trace (`trace.json.gz`), for Perfetto or chrome://tracing. Only ranks of one host.
         """
         self._check_open()
-        return self._driver.traced(Path(target))
+        return self._driver.questions.traced(Path(target))
 
     def bypassed(self) -> AbstractContextManager[None]:
         """A context in which the pipeline runs as if there were no plan."""

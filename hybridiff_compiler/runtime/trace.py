@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ..ir import UsageError
+from ..ir import UsageError, write_atomically
 
 __all__ = ["RankTrace", "merge_traces"]
 
@@ -52,8 +51,9 @@ def merge_traces(files: Sequence[Path], target: Path) -> Path:
         for event in json.loads(file.read_text())["traceEvents"]:
             if event.get("ph") == "X":
                 events.append(event | {"pid": f"rank {rank}, {event.get('pid')}"})
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    with os.fdopen(handle, "wb") as raw, gzip.open(raw, "wt") as stream:
-        json.dump({"traceEvents": events}, stream)
-    os.replace(name, target)
-    return target
+
+    def write(file: Path) -> None:
+        with gzip.open(file, "wt") as stream:
+            json.dump({"traceEvents": events}, stream)
+
+    return write_atomically(target, write)
